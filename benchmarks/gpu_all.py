@@ -1,0 +1,289 @@
+"""Every GPU benchmark of fallow in one command: correctness gates first, then speed, then one JSON file per benchmark.
+
+    python benchmarks/gpu_all.py                      # all, on the first CUDA device
+    python benchmarks/gpu_all.py --only sat --quick   # fewer rounds, no max-autotune baseline
+    python benchmarks/gpu_all.py --interpret-check    # no GPU: the gates only, through Triton's interpreter
+
+The figure is forward + backward of one layer, bf16, 4×2,048 tokens, selection included, against the fastest dense form
+found (eager, compiled, compiled with max-autotune). Forms run interleaved in one process, timed by CUDA events; a ratio
+is the median of ratios within a round. A red gate prints no ratio. A further op joins `BENCHES` with one row.
+Exit codes: 0 done, 1 a gate is red, 2 this machine cannot run it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gc
+import json
+import os
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gpu_gates import gate_subset_ffn
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from fallow.bench.harness import Timing
+    from fallow.bench.sat import Case
+
+Row = dict[str, Any]
+Step = Callable[[], object]
+LAYERS = ("1b-layer", "7b-layer", "8b-layer")
+RATES = (0.25, 0.5)
+SEQUENCES, SEQ_LEN = 4, 2048
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Settings:
+    rounds: int = 30
+    """Timed rounds per case; each runs every form once."""
+    warm_up: int = 5
+    """Untimed rounds, after compilation."""
+    max_autotune: bool = True
+    """Also time dense compiled with mode="max-autotune-no-cudagraphs"."""
+    device: str = "cuda"
+    """Where tensors live."""
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Bench:
+    name: str
+    gate: Callable[[str, bool], dict[str, float]]
+    """(device, interpreted) -> worst relative error per path; raises GateError on one that is too large."""
+    run: Callable[[Settings], list[Row]]
+    """Settings -> rows."""
+
+
+def interleave(forms: dict[str, Step], settings: Settings) -> Timing:
+    """`fallow.bench.harness.interleave` with CUDA events: device time of each form, in alternating order."""
+    import torch
+
+    from fallow.bench.harness import Timing
+
+    events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in forms}
+    for i in range(settings.warm_up + settings.rounds):
+        for name in forms if i % 2 == 0 else reversed(list(forms)):
+            pair = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+            pair[0].record()
+            forms[name]()
+            pair[1].record()
+            if i >= settings.warm_up:
+                events[name].append(pair)
+        torch.cuda.synchronize()
+    return Timing({name: [a.elapsed_time(b) / 1e3 for a, b in pairs] for name, pairs in events.items()})
+
+
+def _case(name: str) -> Case:
+    from fallow.bench.sat import CASES
+
+    return replace(CASES[name], sequences=SEQUENCES, seq_len=SEQ_LEN)
+
+
+def _compile_options(settings: Settings) -> dict[str, dict[str, Any]]:
+    """Dense forms: name -> options of torch.compile, empty for eager."""
+    forms: dict[str, dict[str, Any]] = {"dense/eager": {}, "dense/compiled": {"dynamic": False}}
+    if settings.max_autotune:
+        forms["dense/max-autotune"] = {"dynamic": False, "mode": "max-autotune-no-cudagraphs"}
+    return forms
+
+
+def _rows(case: str, rate: float, timing: Timing, ideal: float, dense_flops: float, **more: object) -> list[Row]:
+    """One row per sparse form, against the fastest dense form."""
+    dense = timing.fastest("dense/")
+    rows = []
+    for form in (f for f in timing.seconds if f.startswith("sparse/")):
+        ratio = timing.ratio(dense, form)
+        row = {
+            "case": case,
+            "dtype": "bfloat16",
+            "tokens": SEQUENCES * SEQ_LEN,
+            "omit": rate,
+            "dense_ms": 1e3 * timing.median(dense),
+            "sparse_ms": 1e3 * timing.median(form),
+            "ratio": ratio,
+            "ratio_quartiles": timing.spread(dense, form),
+            "ideal": ideal,
+            "efficiency": ratio / ideal,
+            "backend": form.removeprefix("sparse/"),
+            "dense_form": dense,
+            "dense_tflops": dense_flops / timing.median(dense) / 1e12,
+            "dense_forms_ms": {f: 1e3 * timing.median(f) for f in timing.seconds if f.startswith("dense/")},
+        } | more
+        print(
+            f"  {case:10} omit {rate:.2f} {row['backend']:16} {row['sparse_ms']:8.3f} ms,"
+            f" dense {row['dense_ms']:8.3f} ms ({dense}): {ratio:.2f}x of {ideal:.2f}x ideal, efficiency {ratio / ideal:.0%}"
+        )
+        rows.append(row)
+    return rows
+
+
+def bench_ffn(name: str, rate: float, omit_in: str, settings: Settings) -> list[Row]:
+    """The FFN alone: both Triton variants and the torch-only backend; tells which variant should be the default."""
+    import torch
+
+    from fallow.methods.sat.schedule import kept_channels
+    from fallow.ops.subset_ffn import cpu, naive, triton
+
+    s = _case(name).shape
+    tokens = SEQUENCES * SEQ_LEN
+    shapes = {
+        "x_TD": (tokens, s.d_model),
+        "w_up_FD": (s.ffn, s.d_model),
+        "w_down_DF": (s.d_model, s.ffn),
+        "w_gate_FD": (s.ffn, s.d_model),
+    }
+    leaves = {
+        k: torch.randn(v, device=settings.device).mul_(0.02).bfloat16().requires_grad_() for k, v in shapes.items()
+    }
+    dy = torch.randn((tokens, s.d_model), device=settings.device, dtype=torch.bfloat16)
+    K = kept_channels(s.ffn, rate)
+    idx = torch.randperm(s.ffn, device=settings.device)[:K].sort().values
+
+    def step(op: Callable[..., Tensor], idx: Tensor | None, **options: str) -> Step:
+        def run() -> None:
+            for leaf in leaves.values():
+                leaf.grad = None
+            x, up, down = leaves["x_TD"], leaves["w_up_FD"], leaves["w_down_DF"]
+            op(x, up, down, idx, w_gate_FD=leaves["w_gate_FD"], act="silu", **options).backward(dy)
+
+        return run
+
+    forms = {
+        form: step(torch.compile(naive.subset_ffn, **options) if options else naive.subset_ffn, None)
+        for form, options in _compile_options(settings).items()
+    }
+    for variant in triton.VARIANTS:
+        forms[f"sparse/triton-{variant}"] = step(triton.subset_ffn, idx, omit_in=omit_in, variant=variant)
+    forms["sparse/torch"] = step(cpu.subset_ffn, idx, omit_in=omit_in)
+    kept = K / s.ffn
+    ideal = 1 / kept if omit_in == "forward+backward" else 3 / (1 + 2 * kept)
+    flops = 3 * s.ffn_flops(tokens, 1.0)
+    case = name.replace("layer", "ffn")
+    return _rows(case, rate, interleave(forms, settings), ideal, flops, omit_in=omit_in, heads=0.0)
+
+
+def bench_layer(name: str, rate: float, settings: Settings) -> list[Row]:
+    """A whole decoder layer in SAT, channels and heads at one rate; eager and compiled."""
+    import torch
+
+    import fallow
+    from fallow.bench.sat import build
+    from fallow.ops import used
+
+    case = _case(name)
+    stock: Any = build(case, torch.bfloat16)
+    ids = torch.randint(0, 256, (SEQUENCES, SEQ_LEN), device=settings.device)
+
+    def step(model: Any, before: Callable[[], object]) -> Step:
+        def run() -> None:
+            before()
+            model.zero_grad(set_to_none=True)
+            model(input_ids=ids).last_hidden_state.float().square().mean().backward()
+
+        return run
+
+    def compiled(model: Any, options: dict[str, Any]) -> Any:
+        for layer in model.layers if options else ():
+            layer.compile(**options)
+        return model
+
+    forms: dict[str, Step] = {}
+    for form, options in _compile_options(settings).items():
+        forms[form] = step(compiled(copy.deepcopy(stock).to(settings.device), options), lambda: None)
+    handles = []
+    for form, options in {"sparse/eager": {}, "sparse/compiled": {"dynamic": False}}.items():
+        model = copy.deepcopy(stock).to(settings.device)
+        handle = fallow.sparsify(model, fallow.SAT(omit=rate, heads=rate, ladder=0))
+        count = iter(range(1 << 30))
+        before = lambda h=handle, c=count: h.before_step(next(c), 1 << 30)  # noqa: E731
+        forms[form] = step(compiled(model, options), before)
+        handles.append(handle)
+    timing = interleave(forms, settings)
+    rates = handles[0].layer_metrics()
+    dense_flops = case.shape.step_flops(case.tokens, SEQ_LEN)
+    kept = [[1 - r for r in rates[k]] for k in ("omit_ffn", "omit_heads")]
+    ideal = dense_flops / case.shape.step_flops(case.tokens, SEQ_LEN, *kept)
+    return _rows(name, rate, timing, ideal, dense_flops, heads=rate, omit_in="forward+backward", ops=used())
+
+
+def bench_sat(settings: Settings) -> list[Row]:
+    import torch
+
+    rows = []
+    for name, rate in product(LAYERS, RATES):
+        for omit_in in ("forward+backward", "backward"):
+            rows += bench_ffn(name, rate, omit_in, settings)
+        rows += bench_layer(name, rate, settings)
+        torch._dynamo.reset()
+        gc.collect()
+        torch.cuda.empty_cache()
+    return rows
+
+
+BENCHES = [Bench(name="sat", gate=gate_subset_ffn, run=bench_sat)]
+
+
+def break_even_by_form(rows: list[Row]) -> dict[str, float | None]:
+    """Omission rate at which a form costs as much as dense, per case, form and mode; None if there is none."""
+    from fallow.bench.sat import break_even
+
+    return break_even([r | {"case": f"{r['case']}/{r['backend']}/{r['omit_in']}"} for r in rows])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=[b.name for b in BENCHES], help="run one benchmark")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/gpu"), help="folder of NAME-DEVICE.json")
+    parser.add_argument("--quick", action="store_true", help="10 rounds, no max-autotune baseline")
+    parser.add_argument("--interpret-check", action="store_true", help="gates only, on the CPU; prints no speed")
+    args = parser.parse_args()
+    if args.interpret_check:
+        os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it once, at import
+    import torch
+
+    from fallow.errors import GateError
+    from fallow.machine import describe, versions
+    from fallow.ops.subset_ffn import triton
+
+    if not args.interpret_check and not torch.cuda.is_available():
+        print("gpu_all: no CUDA device; use --interpret-check for the gates alone", file=sys.stderr)
+        return 2
+    ok, reason = triton.available()
+    if not ok:
+        print(f"gpu_all: {reason}", file=sys.stderr)
+        return 2
+    settings = Settings(rounds=10, max_autotune=False) if args.quick else Settings()
+    for bench in (b for b in BENCHES if args.only in (None, b.name)):
+        print(f"{bench.name}: gate")
+        try:
+            errors = bench.gate("cpu" if args.interpret_check else "cuda", args.interpret_check)
+        except GateError as error:
+            print(f"gpu_all: {error}", file=sys.stderr)
+            return 1
+        for path, error in errors.items():
+            print(f"  {path}: passed, worst relative error {error:.1e}")
+        if args.interpret_check:
+            continue
+        rows = bench.run(settings)
+        result = {"bench": bench.name, "machine": describe(), "versions": versions(), "gate": "passed"}
+        result |= {"gate_errors": errors, "rows": rows, "break_even": break_even_by_form(rows)}
+        for form, rate in result["break_even"].items():
+            print(f"  {form}: break-even at omission rate {'not found' if rate is None else f'{rate:.2f}'}")
+        device = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
+        args.out.mkdir(parents=True, exist_ok=True)
+        path = args.out / f"{bench.name}-{device}.json"
+        path.write_text(json.dumps(result, indent=1) + "\n")
+        print(f"wrote {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

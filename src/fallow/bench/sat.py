@@ -1,0 +1,239 @@
+"""`fallow bench sat`: one training step, SAT against the fastest dense, per shape, with the FLOP-ideal beside it.
+
+A step is zero_grad, forward, backward and the AdamW step, in bf16 with fp32 master weights, on 2,048 tokens. Dense
+runs in several
+honest forms (stock attention, fallow's CPU attention, compiled) and the fastest is the baseline. Nothing is printed
+when
+a sparse kernel differs from its naive truth.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, PreTrainedModel
+
+import fallow
+from fallow.bench.flops import Shape
+from fallow.bench.gate import check_subset_ffn
+from fallow.bench.harness import Step, interleave
+from fallow.errors import ConfigError
+from fallow.machine import describe
+from fallow.methods.sat import SAT
+from fallow.ops import attention as fast_attention
+from fallow.ops import used
+from fallow.ops.cross_entropy import causal_lm_loss
+from fallow.optim import adamw_for
+
+
+@dataclass(slots=True, frozen=True)
+class Case:
+    name: str
+    shape: Shape
+    sequences: int
+    seq_len: int
+
+    @property
+    def tokens(self) -> int:
+        return self.sequences * self.seq_len
+
+
+CASES = {
+    c.name: c
+    for c in (
+        Case("smollm2-135m", Shape(576, 1536, 9, 3, 64, layers=30, vocab=49152), 4, 512),
+        Case("1b-layer", Shape(2048, 5632, 32, 4, 64, layers=1), 1, 2048),
+        Case("7b-layer", Shape(4096, 11008, 32, 32, 128, layers=1), 1, 2048),
+        Case("8b-layer", Shape(4096, 14336, 32, 8, 128, layers=1), 1, 2048),
+    )
+}
+
+
+def build(case: Case, dtype: torch.dtype) -> PreTrainedModel:
+    """A stock transformers Llama of the case's widths with random weights; without a head when `vocab` is 0."""
+    s = case.shape
+    config = LlamaConfig(
+        hidden_size=s.d_model,
+        intermediate_size=s.ffn,
+        num_attention_heads=s.heads,
+        num_key_value_heads=s.kv_heads,
+        head_dim=s.head_dim,
+        num_hidden_layers=s.layers,
+        vocab_size=s.vocab or 256,
+        max_position_embeddings=max(2048, case.seq_len),
+        tie_word_embeddings=True,
+        use_cache=False,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        model = LlamaForCausalLM(config) if s.vocab else LlamaModel(config)
+    finally:
+        torch.set_default_dtype(before)
+    model.train()
+    if s.vocab:
+        model.loss_function = causal_lm_loss
+    return model
+
+
+def _step(
+    model: PreTrainedModel, optimizer: torch.optim.Optimizer, ids: torch.Tensor, before: Callable[[], None]
+) -> Step:
+    def step() -> None:
+        before()
+        optimizer.zero_grad()
+        if hasattr(model, "lm_head"):
+            loss = model(input_ids=ids, labels=ids).loss
+        else:
+            loss = model(input_ids=ids).last_hidden_state.float().square().mean()
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def _layers(model: PreTrainedModel) -> nn.ModuleList:
+    return model.model.layers if hasattr(model, "model") else model.layers  # type: ignore[return-value]
+
+
+def _dense_form(case: Case, dtype: torch.dtype, ids: torch.Tensor, *, fast: bool, compiled: bool) -> Step:
+    model = build(case, dtype)
+    if fast:
+        fast_attention.enable(model)
+    if compiled:
+        for layer in _layers(model):
+            layer.compile(dynamic=False)
+    return _step(model, adamw_for(model, lr=1e-5), ids, lambda: None)
+
+
+@dataclass(slots=True)
+class SparseForm:
+    step: Step
+    handle: Any
+
+    def selection_seconds(self) -> float:
+        return self.handle.metrics()["sat/selection_seconds"]
+
+
+def _sparse_form(
+    case: Case, dtype: torch.dtype, ids: torch.Tensor, config: SAT, *, fast: bool, compiled: bool
+) -> SparseForm:
+    model = build(case, dtype)
+    if fast:
+        fast_attention.enable(model)
+    handle = fallow.sparsify(model, config)
+    if compiled:
+        for layer in _layers(model):
+            layer.compile(dynamic=False)
+    count = iter(range(1 << 30))
+    step = _step(model, handle.optimizer(lr=1e-5), ids, lambda: handle.before_step(next(count), 1 << 30))
+    return SparseForm(step, handle)
+
+
+def _row(case: Case, dtype: torch.dtype, config: SAT, *, rounds: int, compiled: bool) -> dict[str, Any]:
+    ids = torch.randint(
+        0, case.shape.vocab or 256, (case.sequences, case.seq_len), generator=torch.Generator().manual_seed(1)
+    )
+    forms: dict[str, Step] = {
+        "dense/sdpa": _dense_form(case, dtype, ids, fast=False, compiled=False),
+        "dense/fallow_cpu": _dense_form(case, dtype, ids, fast=True, compiled=False),
+    }
+    sparse = {"sparse/fallow_cpu": _sparse_form(case, dtype, ids, config, fast=True, compiled=False)}
+    if compiled:
+        forms["dense/compiled"] = _dense_form(case, dtype, ids, fast=True, compiled=True)
+        sparse["sparse/compiled"] = _sparse_form(case, dtype, ids, config, fast=True, compiled=True)
+    forms |= {name: form.step for name, form in sparse.items()}
+    interleave(forms, rounds=0, warm_up=2)
+    before = {name: form.selection_seconds() for name, form in sparse.items()}
+    timing = interleave(forms, rounds=rounds, warm_up=0)
+    dense, fastest = timing.fastest("dense/"), timing.fastest("sparse/")
+    form = sparse[fastest]
+    per_layer = form.handle.layer_metrics()
+    shape = case.shape
+    ideal = shape.step_flops(case.tokens, case.seq_len) / shape.step_flops(
+        case.tokens,
+        case.seq_len,
+        [1 - r for r in per_layer["omit_ffn"]],
+        [1 - r for r in per_layer["omit_heads"]],
+        dense_forward=config.omit_in == "backward",
+    )
+    ratio = timing.ratio(dense, fastest)
+    selection = (form.selection_seconds() - before[fastest]) / sum(timing.seconds[fastest])
+    return {
+        "case": case.name,
+        "dtype": str(dtype).removeprefix("torch."),
+        "tokens": case.tokens,
+        "omit": config.omit,
+        "heads": config.heads,
+        "omit_in": config.omit_in,
+        "dense_ms": 1e3 * timing.median(dense),
+        "sparse_ms": 1e3 * timing.median(fastest),
+        "ratio": ratio,
+        "ratio_quartiles": timing.spread(dense, fastest),
+        "ideal": ideal,
+        "efficiency": ratio / ideal,
+        "selection_share": selection,
+        "backend": used().get("subset_ffn", "none"),
+        "dense_form": dense,
+        "sparse_form": fastest,
+        "rounds": rounds,
+        "forms_ms": {name: 1e3 * timing.median(name) for name in timing.seconds},
+    }
+
+
+def break_even(rows: list[dict[str, Any]]) -> dict[str, float | None]:
+    """Per case, the omission rate at which SAT costs as much as dense: the line through two measured rates, at ratio
+    1."""
+    result: dict[str, float | None] = {}
+    for case in dict.fromkeys(r["case"] for r in rows):
+        points = sorted((r["omit"], 1 / r["ratio"]) for r in rows if r["case"] == case)
+        if len(points) < 2 or points[-1][0] == points[0][0]:
+            result[case] = None
+            continue
+        (r0, c0), (r1, c1) = points[0], points[-1]
+        slope = (c1 - c0) / (r1 - r0)
+        result[case] = max(0.0, r0 + (1 - c0) / slope) if slope < 0 else None
+    return result
+
+
+def run(
+    cases: list[str] | None = None,
+    *,
+    quick: bool = False,
+    rates: tuple[float, ...] = (0.25, 0.5),
+    rounds: int | None = None,
+    compiled: bool = True,
+    lazy: bool = True,
+) -> dict[str, Any]:
+    """All rows as one JSON-ready dict (schema: architecture.md, "bench").
+
+    Raises:
+        ConfigError: an unknown case. GateError: a kernel differs from its truth.
+    """
+    unknown = sorted(set(cases or ()) - set(CASES))
+    if unknown:
+        raise ConfigError(f"bench sat: unknown case {', '.join(unknown)}; use {', '.join(CASES)}")
+    gate = check_subset_ffn()
+    rows = []
+    for name in cases or CASES:
+        for rate in rates:
+            config = SAT(omit=rate, heads=rate, ladder=0, lazy=lazy)
+            n = rounds or (3 if quick else 7)
+            rows.append(_row(CASES[name], torch.bfloat16, config, rounds=n, compiled=compiled and not quick))
+            gc.collect()
+    return {
+        "bench": "sat",
+        "machine": describe(),
+        "gate": "passed",
+        "gate_errors": gate,
+        "rows": rows,
+        "break_even": break_even(rows),
+    }

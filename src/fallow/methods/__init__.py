@@ -1,0 +1,3 @@
+"""One folder per method; importing this package joins each config class to its method."""
+
+from fallow.methods import sat as sat

@@ -1,0 +1,57 @@
+"""The truth for `subset_ffn`: the whole FFN, with a 0/1 mask over its channels, in plain autograd.
+
+It saves no work; every other backend must match its value and each of its gradients.
+`omit_in="backward"` adds what the omitted channels contribute, detached.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+name = "naive"
+
+
+def available() -> tuple[bool, str]:
+    return True, "plain PyTorch"
+
+
+def usable(x: Tensor) -> tuple[bool, str]:
+    return True, "works on every device and dtype"
+
+
+def activation(z: Tensor, act: str) -> Tensor:
+    """`act` is one of "silu", "gelu", "gelu_tanh", "relu"."""
+    if act == "silu":
+        return F.silu(z)
+    if act == "relu":
+        return F.relu(z)
+    return F.gelu(z, approximate="tanh" if act == "gelu_tanh" else "none")
+
+
+def subset_ffn(
+    x_TD: Tensor,
+    w_up_FD: Tensor,
+    w_down_DF: Tensor,
+    idx_K: Tensor | None,
+    *,
+    w_gate_FD: Tensor | None = None,
+    b_gate_F: Tensor | None = None,
+    b_up_F: Tensor | None = None,
+    b_down_D: Tensor | None = None,
+    act: str = "silu",
+    omit_in: str = "forward+backward",
+) -> Tensor:
+    up_TF = F.linear(x_TD, w_up_FD, b_up_F)
+    h_TF = activation(up_TF, act) if w_gate_FD is None else activation(F.linear(x_TD, w_gate_FD, b_gate_F), act) * up_TF
+    if idx_K is None:
+        return F.linear(h_TF, w_down_DF, b_down_D)
+    idx_SK = idx_K if idx_K.dim() == 2 else idx_K[None]
+    mask_SF = torch.zeros(idx_SK.shape[0], w_up_FD.shape[0], dtype=torch.bool, device=x_TD.device)
+    mask_SF.scatter_(1, idx_SK, True)
+    mask_TF = mask_SF.repeat_interleave(x_TD.shape[0] // idx_SK.shape[0], 0)
+    y_TD = F.linear(torch.where(mask_TF, h_TF, 0), w_down_DF, b_down_D)
+    if omit_in == "backward":
+        y_TD = y_TD + F.linear(torch.where(mask_TF, 0, h_TF).detach(), w_down_DF.detach())
+    return y_TD

@@ -1,0 +1,79 @@
+"""Stacked bars of where time went, per arm, and the map of layers over steps.
+
+The bars are HTML rather than SVG so that their text keeps its size on a phone; the map is one small drawing whose cells
+of equal shade share a path, because a rectangle per layer and step would weigh megabytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+
+from fallow.report import svg
+from fallow.report.charts import COLOURS
+
+
+def stacked_bars(rows: Sequence[tuple[str, Sequence[tuple[str, float]], str]]) -> str:
+    """One bar per row `(name, [(part, seconds)…], total in words)`, on a common scale, as HTML: text keeps its size."""
+    longest = max((sum(value for _, value in parts) for _, parts, _ in rows), default=0.0)
+    if longest <= 0:
+        return '<p class="empty">Where the time went was not logged.</p>'
+    lines = []
+    for name, parts, total in rows:
+        whole = sum(value for _, value in parts)
+        cells = []
+        for part, value in parts:
+            share = value / whole if whole else 0.0
+            if value <= 0:
+                continue
+            words = f"{part}: {value:,.1f} s, {share:.1%}"
+            tight = "" if value / longest > 0.13 else ' class="tight"'
+            inside = f"<span{tight}>{share:.0%}</span>" if value / longest > 0.055 else ""
+            cells.append(f'<i class="t-{part}" style="width:{100 * value / longest:.3f}%" title="{words}">{inside}</i>')
+        lines.append(
+            f'<div class="bar-name">{escape(name)}</div><div class="bar" role="img" aria-label="{escape(name)}: '
+            f'{", ".join(f"{p} {v:.1f} s" for p, v in parts if v > 0)}">{"".join(cells)}<b>{escape(total)}</b></div>'
+        )
+    used = [part for part, _ in rows[0][1] if any(dict(parts).get(part, 0.0) > 0 for _, parts, _ in rows)]
+    legend = "".join(f'<li><i class="swatch t-{part}"></i>{part}</li>' for part in used)
+    return f'<ul class="legend">{legend}</ul><div class="bars">{"".join(lines)}</div>'
+
+
+def layer_map(name: str, colour: int, steps: Sequence[int], columns: Sequence[Sequence[float]], *, top: float) -> str:
+    """Omission per layer (rows, first layer on top) over steps (columns); `top` is the rate drawn in full colour.
+
+    Cells of one shade are one path, so that 30 layers × 48 columns cost a few kilobytes.
+    """
+    layers = len(columns[0])
+    width, height = 430.0, 46.0 + max(110.0, min(layers * 7.0, 220.0))
+    left, upper, right, lower = 34.0, 8.0, width - 4, height - 34
+    across, down = (right - left) / len(columns), (lower - upper) / layers
+    shades: dict[int, list[str]] = {}
+    for layer in range(layers):
+        start = 0
+        levels = [round(20 * column[layer] / top) if top else 0 for column in columns]
+        for end in range(1, len(columns) + 1):
+            if end == len(columns) or levels[end] != levels[start]:
+                x, y, w = left + start * across, upper + layer * down, (end - start) * across
+                cell = f"M{x:.1f} {y:.1f}h{w:.1f}v{down:.1f}h{-w:.1f}Z"
+                shades.setdefault(levels[start], []).append(cell)
+                start = end
+    paths = "".join(
+        f'<path class="cell c{colour % COLOURS}" fill-opacity="{0.06 + 0.94 * level / 20:.2f}" d="{"".join(cells)}">'
+        f"<title>{top * level / 20:.0%} omitted</title></path>"
+        for level, cells in sorted(shades.items())
+    )
+    marks = [
+        svg.text(left - 6, upper + 10, "1", css="tick", anchor="end"),
+        svg.text(left - 6, lower - 1, str(layers), css="tick", anchor="end"),
+        svg.text(left, lower + 15, str(steps[0]), css="tick"),
+        svg.text(right, lower + 15, str(steps[-1]), css="tick", anchor="end"),
+        svg.text((left + right) / 2, lower + 27, "step", css="title", anchor="middle"),
+        f'<text class="title" text-anchor="middle" transform="rotate(-90 10 {(upper + lower) / 2:.0f})" x="10" '
+        f'y="{(upper + lower) / 2 + 4:.0f}">layer</text>',
+    ]
+    label = escape(f"{name}: omission per layer and step", quote=True)
+    return (
+        f'<svg class="map" role="img" aria-label="{label}" viewBox="0 0 {width:.0f} {height:.0f}">'
+        f"{paths}{''.join(marks)}</svg>"
+    )

@@ -1,0 +1,79 @@
+"""What a careful reader would hold against the figures, found in the runs themselves and said on the page.
+
+A comparison can be true to its numbers and still mislead: other machines, other text, one seed, a learning rate that
+had not come down yet. Each check here turns one of those into a sentence; none changes a figure.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from fallow.report.analysis import Comparison, curve, interpolate
+from fallow.report.loading import Run, lookup, number
+
+
+def doubts(comparison: Comparison) -> list[str]:
+    """What the reader should hold against the figures: one line each, empty when nothing is amiss."""
+    lines = []
+    runs = [run for arm in comparison.arms for run in arm.runs]
+    questions: list[tuple[str, Callable[[Run], Any], str]] = [
+        ("machine", lambda r: _machine(r), "seconds and tokens per second of different machines do not compare"),
+        ("text", lambda r: lookup(r.info, "data", "digest"), "their losses do not compare"),
+        ("evaluation text", lambda r: lookup(r.info, "data", "eval_tokens"), "their losses do not compare"),
+        ("model", lambda r: lookup(r.info, "model", "name"), "neither their losses nor their speeds compare"),
+        ("precision", lambda r: lookup(r.info, "precision", "dtype"), "part of a speed difference may come from it"),
+    ]
+    for what, answer, consequence in questions:
+        answers = {json.dumps(value, sort_keys=True) for run in runs if (value := answer(run)) is not None}
+        if len(answers) > 1:
+            lines.append(f"The runs differ in their {what}: {consequence}.")
+    for arm in comparison.arms:
+        unfinished = [run.status for run in arm.runs if run.status != "finished"]
+        if unfinished:
+            lines.append(f"{arm.label}: {_state(unfinished[0])}; its figures are those up to its last logged step.")
+    if comparison.baseline is not None and comparison.sparse:
+        unread = [
+            arm.label for arm in comparison.sparse if arm.gap_seconds is None and arm.loss and comparison.baseline.loss
+        ]
+        if unread:
+            lines.append(
+                f"Loss at equal seconds is not given for {', '.join(unread)}: the evaluations lie too far apart to "
+                "read a loss between them. Set eval_every, or add a dense arm with equal_seconds_to."
+            )
+        lines += _learning_rate_doubt(comparison)
+        if max(len(arm.runs) for arm in comparison.arms) == 1:
+            lines.append("One seed per arm: gaps of about 0.01 nats or less may be chance.")
+    return lines
+
+
+def _learning_rate_doubt(comparison: Comparison) -> list[str]:
+    """A dense run read in mid-schedule has not had its low learning rates yet, which flatters the faster arm."""
+    baseline = comparison.baseline
+    if baseline is None or not baseline.runs[0].train:
+        return []
+    lines = baseline.runs[0].train
+    finished = [arm for arm in comparison.sparse if arm.status == "finished" and arm.gap_seconds and not arm.control]
+    rates = [(line["seconds"], rate) for line in lines if (rate := number(line, "lr")) is not None]
+    ends = [points[-1][0] for arm in finished if (points := curve(arm.runs[0], "seconds"))]
+    if not rates or not ends or min(ends) >= rates[-1][0]:
+        return []
+    then, last = interpolate(rates, max(min(ends), rates[0][0])), rates[-1][1]
+    if then is None or then <= 1.5 * max(last, 1e-12):
+        return []
+    return [
+        f"Equal seconds flatters a faster arm: when the first ended, {baseline.label} was still at learning rate "
+        f"{then:.1e} on its way to {last:.1e}. A dense run planned for that time would do somewhat better; an arm with "
+        "equal_seconds_to measures it."
+    ]
+
+
+def _state(status: str) -> str:
+    known = {"running": "still running", "interrupted": "was interrupted", "failed": "failed before its end"}
+    return known.get(status, f"status {status}")
+
+
+def _machine(run: Run) -> Any:
+    machine = lookup(run.info, "machine")
+    return {key: machine.get(key) for key in ("cpu", "cores", "gpus")} if isinstance(machine, dict) else None

@@ -1,0 +1,195 @@
+"""Figures and findings in words: units a reader knows, and a headline that says plainly when sparsity lost.
+
+The headline is computed, never chosen by hand: it reports the sparse arm that did best at equal seconds, or at equal
+tokens where seconds do not overlap. The verdict falls on the loss at equal seconds: time is what the reader pays.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fallow.report.analysis import SAME_LOSS, Arm, Comparison, Spread, seconds_to_loss
+
+
+@dataclass(kw_only=True, slots=True)
+class Verdict:
+    """What one arm bought or cost."""
+
+    arm: str
+    outcome: str
+    """`won`, `lost`, `draw` or `open`: its loss against dense's at equal seconds; `control` for a dense arm."""
+    title: str
+    sentence: str
+
+
+def tokens(value: float) -> str:
+    return _scaled(value, [(1e9, " B"), (1e6, " M"), (1e3, " k")])
+
+
+def _scaled(value: float, units: list[tuple[float, str]]) -> str:
+    for size, unit in units:
+        if value >= size:
+            return f"{value / size:.3g}{unit}" if value < 999.5 * size else f"{value / size:.0f}{unit}"
+    return f"{value:.0f}"
+
+
+def rate(value: float) -> str:
+    """Tokens per second."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+
+
+def duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes = seconds / 60
+    if minutes < 90:
+        return f"{minutes:.1f} min"
+    return f"{int(minutes // 60)} h {int(minutes % 60):02d} min"
+
+
+def memory(mb: float) -> str:
+    return f"{mb / 1024:.2f} GB" if mb >= 1024 else f"{mb:.0f} MB"
+
+
+def loss(value: float) -> str:
+    return f"{value:.3f}"
+
+
+def signed(value: float) -> str:
+    """A gap in nats with a true minus sign."""
+    return f"{value:+.3f}".replace("-", "\N{MINUS SIGN}")
+
+
+def times(value: float) -> str:
+    return f"{value:.2f}×"
+
+
+def outcome(gap: Spread | None) -> str:
+    """`won`, `lost`, or `draw` when the gap is within the noise floor or its repeats disagree about the sign."""
+    if gap is None:
+        return "open"
+    if abs(gap.mean) < SAME_LOSS or gap.low < 0 < gap.high:
+        return "draw"
+    return "won" if gap.mean < 0 else "lost"
+
+
+def _than(gap: Spread) -> str:
+    if outcome(gap) != "draw":
+        word = "higher" if gap.mean > 0 else "lower"
+        return f"{abs(gap.mean):.3f} nats {word}"
+    if len(gap.values) > 1 and gap.low < 0 < gap.high:
+        return f"the same within its seeds ({signed(gap.low)} to {signed(gap.high)} nats)"
+    return f"the same (within {SAME_LOSS} nats)"
+
+
+def sentence(arm: Arm, baseline: Arm) -> str:
+    """Speed and both gaps of one arm, and how long it took to its baseline's final loss."""
+    parts = []
+    if arm.ratio:
+        parts.append(f"{arm.label} trained {times(arm.ratio.mean)} as many tokens per second as {baseline.label}")
+    gaps = []
+    if arm.gap_tokens:
+        gaps.append(f"at equal tokens its loss is {_than(arm.gap_tokens)}")
+    if arm.gap_seconds:
+        against = f", against {arm.control} that was planned for that time" if arm.control else ""
+        gaps.append(f"at equal seconds {'' if gaps else 'its loss is '}{_than(arm.gap_seconds)}{against}")
+    if not gaps:
+        gaps.append("no evaluation of both overlaps, so what that cost in quality is not known")
+    text = "; ".join([*parts, ", ".join(gaps)])
+    text = text if parts else text[0].upper() + text[1:]
+    return f"{text}.{_time_to_match(arm, baseline)}"
+
+
+def _time_to_match(arm: Arm, baseline: Arm) -> str:
+    """How long the first repeat took to the loss its baseline ended at; empty where that says nothing new."""
+    if not baseline.loss or len(arm.runs) > 1 or {arm.status, baseline.status} != {"finished"} or arm.method is None:
+        return ""
+    target = baseline.runs[0].evals[-1]["loss"] if baseline.runs[0].evals else None
+    theirs = baseline.train_seconds
+    if target is None or theirs is None or len(arm.runs[0].evals) < 2:
+        return ""
+    ours = seconds_to_loss(arm.runs[0], target)
+    if ours is None:
+        return f" It never reached {baseline.label}’s final loss of {loss(target)}."
+    return (
+        f" It reached {baseline.label}’s final loss of {loss(target)} after {duration(ours)}; "
+        f"{baseline.label} took {duration(theirs.mean)}."
+    )
+
+
+def verdict(arm: Arm, baseline: Arm) -> Verdict:
+    """The finding on one arm."""
+    result = outcome(arm.gap_seconds)
+    speed = times(arm.ratio.mean) if arm.ratio else None
+    faster = arm.ratio is not None and arm.ratio.mean >= 1.005
+    if arm.method is None:
+        title = f"{arm.label} is a dense control."
+    elif result == "won":
+        title = f"In the same time, {arm.label} reached a lower loss than {baseline.label}."
+    elif result == "lost" and faster:
+        title = f"Sparsity lost: {arm.label} ran {speed} as fast, yet {baseline.label} learned more in the same time."
+    elif result == "lost":
+        title = f"Sparsity lost: {arm.label} was no faster than {baseline.label} and learned less in the same time."
+    elif result == "draw":
+        title = f"A draw: in the same time, {arm.label} and {baseline.label} reached the same loss."
+    elif arm.ratio and arm.gap_tokens:
+        loss_word = f"at equal tokens its loss is {_than(arm.gap_tokens)}"
+        title = f"{arm.label} ran {speed} as fast as {baseline.label}; {loss_word}."
+    elif arm.ratio:
+        word = f"{speed} as fast as {baseline.label}"
+        title = f"{arm.label} trained {word}; what that did to its loss was not measured."
+    else:
+        title = f"{arm.label} cannot be compared with {baseline.label} yet."
+    if arm.method is None:
+        result = "control"
+    return Verdict(arm=arm.name, outcome=result, title=title, sentence=sentence(arm, baseline))
+
+
+def verdicts(comparison: Comparison) -> list[Verdict]:
+    """One per arm that is measured against a baseline, best at equal seconds first, dense controls last."""
+    baseline = comparison.baseline
+    if baseline is None:
+        return []
+    others = [arm for arm in comparison.arms if arm is not baseline]
+    return [verdict(arm, baseline) for arm in sorted(others, key=_merit)]
+
+
+def _merit(arm: Arm) -> tuple[bool, bool, float]:
+    found = arm.gap_seconds or arm.gap_tokens
+    return arm.method is None, arm.gap_seconds is None, found.mean if found else float("inf")
+
+
+def headline(comparison: Comparison) -> Verdict:
+    """What the page says first."""
+    found = verdicts(comparison)
+    sparse = [v for v in found if any(arm.name == v.arm for arm in comparison.sparse)]
+    if sparse:
+        best = sparse[0]
+        if len(sparse) > 1:
+            lost = sum(v.outcome == "lost" for v in sparse)
+            won = sum(v.outcome == "won" for v in sparse)
+            others = (
+                f" Of {len(sparse)} sparse arms {won} won and {lost} lost at equal seconds; this is the best of them."
+            )
+            return Verdict(arm=best.arm, outcome=best.outcome, title=best.title, sentence=best.sentence + others)
+        return best
+    return _alone(comparison)
+
+
+def _alone(comparison: Comparison) -> Verdict:
+    """The headline where there is nothing to compare."""
+    arm = comparison.sparse[0] if comparison.sparse else comparison.arms[0]
+    first, last = (arm.runs[0].evals[0]["loss"], arm.runs[0].evals[-1]["loss"]) if arm.runs[0].evals else (None, None)
+    if first is None or last is None or len(arm.runs[0].evals) < 2:
+        title = f"{arm.label} has no evaluation to show yet."
+    else:
+        title = f"{arm.label} brought the evaluation loss from {loss(first)} to {loss(last)} nats."
+    text = ""
+    if arm.tokens and arm.train_seconds and arm.tokens_per_second:
+        read = f"{tokens(arm.tokens.mean)} tokens in {duration(arm.train_seconds.mean)}"
+        text = f"It trained on {read}, {rate(arm.tokens_per_second.mean)} tokens per second. "
+    if comparison.sparse:
+        text += "No dense run stands beside it, so nothing here says what sparsity bought: run `fallow compare`."
+    else:
+        text += "No sparse run stands beside it, so there is nothing to compare."
+    return Verdict(arm=arm.name, outcome="open", title=title, sentence=text)

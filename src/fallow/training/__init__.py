@@ -1,0 +1,1 @@
+"""One run from recipe to result: data, model, trainer, meters, checkpoints; and several runs compared."""

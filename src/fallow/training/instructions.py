@@ -1,0 +1,37 @@
+"""TRL's SFTTrainer with fallow's behaviour (`task: sft`). Kept apart because trl is an optional extra.
+
+Data comes packed and labelled already (packing.py), so TRL's own preparation is skipped; its model card and telemetry
+too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trl import SFTConfig, SFTTrainer  # type: ignore[attr-defined]
+
+from fallow.training.trainer import RunMixin
+
+
+class InstructionTrainer(RunMixin, SFTTrainer):
+    """Answers prompts, with loss on the answers only."""
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """No model card is written into run folders."""
+
+    def _send_telemetry(self) -> None:
+        """A training run makes no network request."""
+
+
+def instruction_arguments(settings: dict[str, Any]) -> SFTConfig:
+    """`settings` (keywords of TrainingArguments) as TRL's config, with its data preparation off."""
+    # TRL turns recomputation on by default, under either of its two names.
+    off = {} if settings.get("activation_checkpointing") else {"gradient_checkpointing": False}
+    settings = {k: v for k, v in settings.items() if not (off and k.startswith("activation_checkpointing"))}
+    return SFTConfig(
+        **settings,
+        **off,
+        max_length=None,
+        packing=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+    )

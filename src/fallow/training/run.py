@@ -1,0 +1,331 @@
+"""One run end to end: load, make sparse, train, measure, and leave run.json, metrics.jsonl and the trained model.
+
+Running the same recipe again continues an unfinished run from its newest whole checkpoint, and leaves a finished one
+alone. Everything that decides the result is in the recipe; what it resolved to is written down before the first step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import json
+import shutil
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, set_seed
+
+import fallow
+from fallow import machine, ops
+from fallow.errors import CheckpointError, ConfigError
+from fallow.method import Method
+from fallow.ops import attention, cross_entropy
+from fallow.sparsify import sparsify
+from fallow.training import checkpoint, data, models, precision, trainer
+from fallow.training.cache import build_folder
+from fallow.training.meters import Meters, RunFolder, memory_mb
+from fallow.training.progress import Display
+from fallow.training.recipe import Recipe
+from fallow.training.stopping import Stopper
+
+# Settings that a resumed run may change: they alter neither weights nor what is measured.
+_FREE = ("output", "name", "threads", "log_every", "save_every", "arms", "equal_seconds_to")
+
+
+def arm_name(recipe: Recipe) -> str:
+    """The arm's name of a recipe without arms: its method, or `dense`."""
+    return "dense" if recipe.method == "none" else recipe.method
+
+
+def folder_of(recipe: Recipe, arm: str) -> RunFolder:
+    """Where an arm's run lies: OUTPUT/NAME/ARM."""
+    return RunFolder(Path(recipe.output).expanduser() / recipe.name / arm)
+
+
+def run(
+    recipe: Recipe, *, arm: str | None = None, command: str = "", display: Display, overwrite: bool = False
+) -> dict[str, Any]:
+    """Train as the recipe says, or resume, or report that it is done.
+
+    Args:
+        recipe: one arm's resolved recipe.
+        arm: name of the run's folder; from the method unless given.
+        command: the command line that was typed, for run.json.
+        display: where to print.
+        overwrite: start anew although the folder holds a run.
+
+    Returns:
+        run.json as written; its `status` is "finished", or "interrupted" after Ctrl-C.
+
+    Raises:
+        ConfigError: a setting is wrong, or the folder holds a run with other settings.
+        DataError: the data cannot be used.
+        CheckpointError: nothing can be written, or no checkpoint is whole.
+    """
+    arm = arm or arm_name(recipe)
+    folder = folder_of(recipe, arm)
+    earlier = None if overwrite else folder.read()
+    if earlier is not None:
+        _same_settings(recipe, earlier, folder)
+        if earlier.get("status") == "finished":
+            display.say(f"{folder.path}: finished already ({_result(earlier)}); --overwrite runs it anew")
+            return earlier
+    folder.make()
+    if earlier is None:
+        _forget(folder)
+    return _Run(recipe, arm, command, display, folder, earlier).go()
+
+
+class _Run:
+    """The state of one run while it goes."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        arm: str,
+        command: str,
+        display: Display,
+        folder: RunFolder,
+        earlier: dict[str, Any] | None,
+    ) -> None:
+        self.recipe, self.display, self.folder = recipe, display, folder
+        if recipe.threads:
+            torch.set_num_threads(recipe.threads)
+        self.device = (
+            torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        )
+        self.resumed = checkpoint.newest_valid(folder.checkpoints, display.say) if earlier else None
+        self.meters = Meters(tokens_per_step=recipe.tokens_per_step(), device=self.device)
+        self.chosen = precision.choose(self.device, recipe.precision)
+        set_seed(recipe.seed)
+        self.model, self.tokenizer = models.load(recipe.model, recipe.gguf_file, self.chosen.dtype)
+        model_facts = models.describe(self.model, recipe.model)
+        self.data = data.prepare(recipe, self.tokenizer, model_facts["vocab"])
+        backend_lines = self._fast_paths()
+        config = recipe.method_config()
+        self.sparsity: Method | None = sparsify(self.model, config) if config is not None else None
+        self.started_at = self.resumed and checkpoint.step_of(self.resumed)
+        self.record: dict[str, Any] = {
+            "fallow": fallow.__version__,
+            "run": recipe.name,
+            "arm": arm,
+            "status": "running",
+            "started": (earlier or {}).get("started") or _now(),
+            "finished": None,
+            "command": command,
+            "recipe": _plain(recipe),
+            "method": recipe.method_summary(),
+            "model": model_facts,
+            "data": {k: self.data.summary[k] for k in ("train_tokens", "eval_tokens", "files", "digest")},
+            "machine": machine.describe(),
+            "versions": machine.versions() | {"fallow": fallow.__version__},
+            "precision": {"dtype": precision.name_of(self.chosen.dtype), "reason": self.chosen.reason},
+            "backends": {},
+            "totals": self.meters.totals(),
+            "eval": {"before": {"loss": None}, "after": {"loss": None}},
+            "time": self.meters.time_by_phase(),
+        }
+        if earlier and self.resumed:
+            self.record["eval"] = earlier.get("eval") or self.record["eval"]
+        self._print_header(backend_lines, earlier is not None)
+
+    def _fast_paths(self) -> list[str]:
+        """Put the fastest sound attention and loss on this instance; the same for every arm."""
+        if self.recipe.compile:
+            self.model.compile()
+        if self.device.type != "cpu":
+            return ["attention and loss: stock"]
+        self.model.loss_function = cross_entropy.causal_lm_loss  # type: ignore[assignment]
+        return [attention.enable(self.model)]
+
+    def _print_header(self, backend_lines: list[str], again: bool) -> None:
+        say, r, m, d = self.display.say, self.record, self.record["model"], self.record["data"]
+        say(f"run        {self.folder.path}")
+        say(f"model      {m['name']}: {m['family']}, {m['parameters'] / 1e6:,.1f}M parameters, {m['layers']} layers")
+        say(
+            f"data       {d['train_tokens']:,} tokens to train on, {d['eval_tokens']:,} held out ({_files(d['files'])})"
+        )
+        say(f"precision  {r['precision']['dtype']}: {r['precision']['reason']}")
+        for line in backend_lines:
+            say(f"backends   {line}")
+        method = r["method"]
+        text = "none (dense)" if method is None else ", ".join(f"{k}={v}" for k, v in method.items() if k != "name")
+        say(f"method     {text if method is None else method['name'] + ': ' + text}")
+        if self.resumed is not None:
+            say(f"resuming   from {self.resumed.name} of {self.recipe.steps} steps")
+        elif again:
+            say("resuming   no checkpoint was saved before the run ended; starting at step 0")
+
+    def go(self) -> dict[str, Any]:
+        try:
+            return self._train()
+        except BaseException as error:
+            self.record["status"] = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+            with contextlib.suppress(CheckpointError):  # the disk refuses, as the error being raised may say already
+                self._write()
+            raise
+        finally:
+            self.display.stop()
+
+    def _train(self) -> dict[str, Any]:
+        loop = trainer.build(
+            self.recipe,
+            model=self.model,
+            tokenizer=self.tokenizer,
+            data=self.data,
+            folder=self.folder.checkpoints,
+            device=self.device,
+        )
+        self.main = loop.is_world_process_zero()
+        hooks = trainer.Hooks()
+        hooks.on_step, hooks.on_log, hooks.on_eval = self.display.step, self._on_log, self._on_eval
+        loop.attach(self.recipe, self.meters, hooks, self.sparsity)
+        if self.resumed is not None:
+            self.meters.restore(json.loads((self.resumed / trainer.METERS_FILE).read_text()))
+        if self.main:
+            self.folder.forget_after(self.meters.steps if self.resumed else -1)
+            self._write()
+        with Stopper(self.display.say) as stopper:
+            hooks.stopped = lambda: stopper.requested
+            if self.resumed is None:
+                loop.evaluate()
+            if stopper.requested:
+                raise KeyboardInterrupt
+            self.display.start(self.recipe.steps, self.meters.steps)
+            loop.train(resume_from_checkpoint=str(self.resumed) if self.resumed else None)
+        self.display.stop()
+        self.record["backends"] = self._backends()
+        if self.meters.steps < self.recipe.steps:
+            return self._interrupted()
+        if self.main:
+            self._save_model()
+        self.record |= {"status": "finished", "finished": _now()}
+        if self.main:
+            self._write()
+        self.display.say(f"done       {_result(self.record)}")
+        self.display.say(f"           {self.folder.path} (the trained model: {self.folder.model})")
+        return self.record
+
+    def _interrupted(self) -> dict[str, Any]:
+        self.record |= {"status": "interrupted", "finished": _now()}
+        if self.main:
+            self._write()
+        saved = checkpoint.place(self.folder.checkpoints, self.meters.steps)
+        self.display.say(
+            f"interrupted after step {self.meters.steps} of {self.recipe.steps}; saved {saved};"
+            " run the same command again to resume"
+        )
+        return self.record
+
+    def _save_model(self) -> None:
+        """The stock model, as weights were trained, loadable by `from_pretrained`; renamed into place when whole."""
+        model = self.sparsity.remove() if self.sparsity else self.model
+        assert isinstance(model, PreTrainedModel)
+        shutil.rmtree(self.folder.model, ignore_errors=True)
+
+        def build(target: Path) -> None:
+            model.save_pretrained(target)
+            self.tokenizer.save_pretrained(target)
+
+        with self.meters.phase("checkpoint"):
+            checkpoint.guarded(
+                self.folder.checkpoints, self.meters.steps, lambda: build_folder(self.folder.model, build) and None
+            )
+
+    def _on_log(self, logs: dict[str, float]) -> None:
+        layers = self.sparsity.layer_metrics() if self.sparsity else {}
+        omit = {name: sum(v) / len(v) if (v := layers.get(name)) else 0.0 for name in ("omit_ffn", "omit_heads")}
+        rate, memory = self.meters.tokens_per_second(self.recipe.log_every), memory_mb(self.device)
+        self.folder.append(
+            {
+                "kind": "train",
+                **self._now_at(),
+                "loss": logs["loss"],
+                "lr": logs["learning_rate"],
+                "grad_norm": logs.get("grad_norm"),
+                "tokens_per_second": round(rate, 2),
+                "memory_mb": round(memory, 1),
+                **omit,
+            }
+        )
+        if layers:
+            self.folder.append({"kind": "layers", "step": self.meters.steps, **layers})
+        self.display.logged(
+            self.meters.steps, loss=logs["loss"], tokens_per_second=rate, omit=omit["omit_ffn"], memory_mb=memory
+        )
+
+    def _on_eval(self, loss: float) -> None:
+        if not self.main:
+            return
+        self.folder.append({"kind": "eval", **self._now_at(), "loss": loss})
+        when = "before" if self.meters.steps == 0 else "after"
+        self.record["eval"][when] = {"loss": loss}
+        self.display.say(f"held-out loss at step {self.meters.steps}: {loss:.4f}")
+        self._write()
+
+    def _now_at(self) -> dict[str, Any]:
+        m = self.meters
+        return {"step": m.steps, "tokens": m.tokens, "seconds": round(m.train_seconds, 3)}
+
+    def _backends(self) -> dict[str, str]:
+        """What ran. Operations of a sparse arm earlier in this process are not this run's when it is dense."""
+        return {op: name for op, name in ops.used().items() if self.sparsity or not op.startswith("subset_")}
+
+    def _write(self) -> None:
+        self.record["totals"], self.record["time"] = self.meters.totals(), self.meters.time_by_phase()
+        self.folder.write(self.record)
+
+
+def release() -> None:
+    """Free what a finished arm held, before the next one is loaded."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _same_settings(recipe: Recipe, earlier: dict[str, Any], folder: RunFolder) -> None:
+    now, then = _plain(recipe), earlier.get("recipe") or {}
+    changed = [k for k in now if k not in _FREE and k in then and now[k] != then[k]]
+    if changed:
+        what = "; ".join(f"{k}: {then[k]} there, {now[k]} now" for k in changed[:3])
+        raise ConfigError(
+            f"{folder.path} holds a run with other settings ({what}); choose another name, or --overwrite"
+        )
+
+
+def _forget(folder: RunFolder) -> None:
+    """Remove an earlier run's own files, and nothing else that lies in the folder."""
+    for part in (folder.checkpoints, folder.model):
+        shutil.rmtree(part, ignore_errors=True)
+    for file in (folder.metrics_file, folder.run_file):
+        file.unlink(missing_ok=True)
+    folder.make()
+
+
+def _plain(recipe: Recipe) -> dict[str, Any]:
+    return json.loads(json.dumps(dataclasses.asdict(recipe), default=str))
+
+
+def _files(names: list[str]) -> str:
+    first = ", ".join(Path(n).name for n in names[:2])
+    return first + (f" and {len(names) - 2} more files" if len(names) > 2 else "")
+
+
+def _result(record: dict[str, Any]) -> str:
+    t, e = record["totals"], record["eval"]
+
+    def shown(part: str) -> str:
+        loss = (e.get(part) or {}).get("loss")
+        return "?" if loss is None else f"{loss:.4f}"
+
+    return (
+        f"{t['tokens_per_second']:,.0f} tokens/s, held-out loss {shown('before')} -> {shown('after')},"
+        f" {t['train_seconds']:,.0f} s, peak memory {t['peak_memory_mb'] / 1024:.1f} GiB"
+    )
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,69 @@
+"""The shared test matrix: one row per method, and every test of `test_matrix.py` and `test_fsdp.py` runs on every row.
+
+A new method joins by appending a `Row`. `reference` must compute the same step as the sparse model by masking a stock
+copy, without any of the method's kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from fallow import SAT, anatomy
+from fallow.method import Method
+
+
+@dataclass(slots=True, frozen=True)
+class Row:
+    name: str
+    config: Callable[[], Any]
+    """A setting in which everything the method can omit is omitted."""
+    zero: Callable[[], Any]
+    """The same method at zero sparsity."""
+    reference: Callable[[Method, nn.Module], AbstractContextManager]
+    """(handle after a step, stock copy of the model) -> context in which the copy computes that step with masks."""
+
+
+def sat_reference(handle: Any, stock: nn.Module) -> AbstractContextManager:
+    """Masks on the inputs of the down and output projections of a stock model."""
+    views = anatomy.inspect(stock)
+    stack = ExitStack()
+
+    def mask_input(weight: str, kept: torch.Tensor, n: int) -> None:
+        mask = torch.zeros(n, dtype=torch.bool)
+        mask[kept] = True
+        module = stock.get_submodule(weight.removesuffix(".weight"))
+
+        def hook(_module: nn.Module, args: tuple) -> tuple:
+            return (torch.where(mask, args[0], 0), *args[1:])
+
+        stack.callback(module.register_forward_pre_hook(hook).remove)
+
+    for sparse, view in zip(handle.ffns, views.ffns, strict=True):
+        mask_input(view.parameters_along_channels()[-1].name, sparse.kept, view.n_channels)
+    for sparse, view in zip(handle.attentions, views.attentions, strict=True):
+        q_heads, _ = sparse.heads(sparse.kept)
+        columns = (q_heads[:, None] * view.head_dim + torch.arange(view.head_dim)).flatten()
+        mask_input(view.parameters_along_heads()[-1].name, columns, view.n_heads * view.head_dim)
+    return stack
+
+
+ROWS = (
+    Row(
+        "sat",
+        lambda: SAT(omit=0.5, heads=0.5, ladder=0, refresh_every=2, sample_tokens=4096),
+        lambda: SAT(omit=0.0, heads=0.0),
+        sat_reference,
+    ),
+    Row(
+        "sat-query-heads-sampled",
+        lambda: SAT(omit=0.3, heads=0.5, head_unit="query", selection="sample", ladder=0, sample_tokens=4096),
+        lambda: SAT(omit=0.0, heads=0.0, head_unit="query"),
+        sat_reference,
+    ),
+)

@@ -1,0 +1,82 @@
+"""Two FSDP2 ranks under gloo, each with half of the batch, equal one process with the whole of it, for every method."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+from tests.matrix.rows import ROWS
+from tests.tiny_models import tiny_model
+
+STEPS = 4
+
+
+def batch(step: int) -> torch.Tensor:
+    return torch.randint(3, 128, (4, 12), generator=torch.Generator().manual_seed(step))
+
+
+def train(model, handle, optimizer, rows: slice) -> list[list[torch.Tensor]]:
+    chosen = []
+    for step in range(STEPS):
+        handle.before_step(step, STEPS)
+        ids = batch(step)[rows]
+        model(input_ids=ids, labels=ids).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+        handle.after_step(step, STEPS)
+        chosen.append([f.kept.clone() for f in handle.ffns])
+    return chosen
+
+
+def worker(rank: int, port: int, index: int, lazy: bool, out: str) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    from torch.distributed.fsdp import fully_shard
+
+    import fallow
+
+    model = tiny_model("llama").train()
+    handle = fallow.sparsify(model, config_of(index, lazy))
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    optimizer = handle.optimizer(lr=1e-2)
+    chosen = train(model, handle, optimizer, slice(2 * rank, 2 * rank + 2))
+    weights = {n: p.full_tensor().detach().clone() for n, p in model.named_parameters()}
+    torch.save({"weights": weights, "chosen": chosen}, f"{out}/rank{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def config_of(index: int, lazy: bool):
+    from dataclasses import replace
+
+    config = ROWS[index].config()
+    return replace(config, lazy=lazy) if hasattr(config, "lazy") else config
+
+
+@pytest.mark.parametrize("lazy", [False, True], ids=["adamw", "lazy"])
+@pytest.mark.parametrize("index", range(len(ROWS)), ids=[r.name for r in ROWS])
+def test_two_ranks_equal_one(index, lazy, tmp_path):
+    import fallow
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    mp.start_processes(worker, (port, index, lazy, str(tmp_path)), nprocs=2, start_method="spawn")
+
+    model = tiny_model("llama").train()
+    handle = fallow.sparsify(model, config_of(index, lazy))
+    chosen = train(model, handle, handle.optimizer(lr=1e-2), slice(None))
+
+    ranks = [torch.load(tmp_path / f"rank{r}.pt") for r in range(2)]
+    for r in ranks:
+        assert all(torch.equal(a, b) for s, t in zip(chosen, r["chosen"], strict=True) for a, b in zip(s, t, strict=True))
+    for name, p in model.named_parameters():
+        assert torch.equal(ranks[0]["weights"][name], ranks[1]["weights"][name]), name
+        torch.testing.assert_close(ranks[0]["weights"][name], p, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
