@@ -1,7 +1,8 @@
 """Builds native/*.cpp into `fallow/_native*.so`, a plain C library (no Python or PyTorch symbols) that ctypes loads.
 
-Everything else about the package is in pyproject.toml. The extension is optional: without a C++17 compiler the install succeeds,
-and fallow runs its pure PyTorch paths and says so (`fallow doctor`). No -march flag: instruction sets are chosen at run time.
+Everything else about the package is in pyproject.toml. The extension is optional: without a C++17 compiler the install
+succeeds, and fallow runs its pure PyTorch paths and says so (`fallow doctor`). No -march flag: instruction sets are
+chosen at run time.
 """
 
 from pathlib import Path
@@ -19,7 +20,8 @@ setup(
             sources=SOURCES,
             depends=HEADERS,
             language="c++",
-            # contract=off: fused multiply-adds only where the source asks; no-math-errno and no-trapping-math let loops vectorise
+            # contract=off: fused multiply-adds only where the source asks; no-math-errno and no-trapping-math let loops
+            # vectorise
             extra_compile_args=[
                 "-O3",
                 "-std=c++17",

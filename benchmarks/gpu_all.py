@@ -119,7 +119,8 @@ def _rows(case: str, rate: float, timing: Timing, ideal: float, dense_flops: flo
         } | more
         print(
             f"  {case:10} omit {rate:.2f} {row['backend']:16} {row['sparse_ms']:8.3f} ms,"
-            f" dense {row['dense_ms']:8.3f} ms ({dense}): {ratio:.2f}x of {ideal:.2f}x ideal, efficiency {ratio / ideal:.0%}"
+            f" dense {row['dense_ms']:8.3f} ms ({dense}): {ratio:.2f}x"
+            f" of {ideal:.2f}x ideal, efficiency {ratio / ideal:.0%}"
         )
         rows.append(row)
     return rows

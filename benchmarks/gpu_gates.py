@@ -1,4 +1,4 @@
-"""Correctness gates of benchmarks/gpu_all.py, one per op: every Triton path against naive in fp64, or no speed is printed.
+"""Correctness gates of benchmarks/gpu_all.py, one per op: every Triton path against naive in fp64.
 
 A gate is `(device, interpreted) -> {path: worst relative error}` and raises GateError on the first error too large.
 "Interpreted" means Triton's CPU interpreter: smaller shapes, and no bfloat16 where a kernel does its own dot.

@@ -1,8 +1,10 @@
-"""AdamW with fp32 masters for bf16 parameters, and the option to leave the neurons that took no part in a step untouched.
+"""AdamW with fp32 masters for bf16 parameters, and the option to leave the neurons that took no part in a step
+untouched.
 
-bf16 has 8 bits of mantissa: an update below 1/256 of a weight is lost, so pure-bf16 training needs a master copy (or stochastic
-rounding). The obvious alternative, fp32 parameters under autocast, is 4 times slower forwards and backwards on CPU. Cost: 14 bytes
-of state and weight per bf16 weight, one pass over memory per step with the native kernel (`fallow.ops.adamw`).
+bf16 has 8 bits of mantissa: an update below 1/256 of a weight is lost, so pure-bf16 training needs a master copy (or
+stochastic rounding). The obvious alternative, fp32 parameters under autocast, is 4 times slower forwards and backwards
+on CPU. Cost: 14 bytes of state and weight per bf16 weight, one pass over memory per step with the native kernel
+(`fallow.ops.adamw`).
 """
 
 from __future__ import annotations
@@ -52,7 +54,7 @@ def _local_range(param: Tensor, dim: int) -> tuple[int, int]:
 
 
 def _new_clock(param: Tensor, dim: int, step: int) -> Tensor:
-    """int32 [size of `dim`] filled with `step`; of a sharded parameter a DTensor that is sharded as that dimension is."""
+    """int32 [size of `dim`] filled with `step`; of a sharded parameter a DTensor, sharded as that dimension is."""
     _, length = _local_range(param, dim)
     clock = torch.full((length,), step, dtype=torch.int32, device=param.device)
     if not isinstance(param, DTensor):
@@ -63,12 +65,13 @@ def _new_clock(param: Tensor, dim: int, step: int) -> Tensor:
 
 
 class AdamW(torch.optim.Optimizer):
-    """AdamW (Loshchilov & Hutter 2019) with fp32 state whatever the dtype of the parameters; FSDP2 (DTensor) parameters are served.
+    """AdamW (Loshchilov & Hutter 2019) with fp32 state whatever the dtype of the parameters; FSDP2 (DTensor) parameters
+    are served.
 
-    State per parameter: `step` (scalar), `exp_avg`, `exp_avg_sq` (fp32), `master` (fp32, of a bf16 or fp16 parameter only), and
-    `clock` (int32 per row or column, once `lazy` named some of them) with `lazy_dim`. For fp32 parameters the update is
-    bit-equal to `torch.optim.AdamW` with the naive backend; the native kernel rounds its square root correctly where PyTorch
-    built on MKL does not, and so differs by at most an ulp of the update.
+    State per parameter: `step` (scalar), `exp_avg`, `exp_avg_sq` (fp32), `master` (fp32, of a bf16 or fp16 parameter
+    only), and `clock` (int32 per row or column, once `lazy` named some of them) with `lazy_dim`. For fp32 parameters
+    the update is bit-equal to `torch.optim.AdamW` with the naive backend; the native kernel rounds its square root
+    correctly where PyTorch built on MKL does not, and so differs by at most an ulp of the update.
 
     Args:
         params: parameters or parameter groups, of dtype float32, bfloat16 or float16.
@@ -76,7 +79,8 @@ class AdamW(torch.optim.Optimizer):
         betas: decay rates of the two moments.
         eps: added to the root of the second moment.
         weight_decay: decoupled weight decay.
-        lazy: names the neurons that took part in a step; the others keep weight, moments, decay and clock frozen [ours].
+        lazy: names the neurons that took part in a step; the others keep weight, moments, decay and clock frozen
+            [ours].
 
     Raises:
         ConfigError: a setting is out of range, or a parameter has another dtype.
@@ -245,7 +249,8 @@ def adamw_for(
     eps: float = 1e-8,
     lazy: Lazy | None = None,
 ) -> AdamW:
-    """`AdamW` for every trainable parameter of `model`: decay on matrices, none on biases and norms (1-D); tied weights once.
+    """`AdamW` for every trainable parameter of `model`: decay on matrices, none on biases and norms (1-D); tied weights
+    once.
 
     Raises:
         ConfigError: the model has no trainable parameter.

@@ -91,36 +91,6 @@ def test_views_describe_the_attention(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_v_and_o_weights_are_the_ones_attention_uses(family):
-    """The attention's output at the first token is W_o (W_v x) per head: it attends to itself alone."""
-    model = tiny_model(family).eval()
-    view = anatomy.inspect(model).attentions[0]
-    seen = {}
-    attention = model.get_submodule(view.name)
-    attention.register_forward_hook(
-        lambda m, args, kwargs, out: seen.update(x=args[0] if args else kwargs["hidden_states"], y=out[0]),
-        with_kwargs=True,
-    )
-    with torch.no_grad():
-        model(**tiny_batch(tokens=3))
-        zero_x = torch.zeros(32)
-        b_v = b_o = zero_x[:1]
-        if family in ("gpt2", "gpt_neox"):
-            qkv = (
-                attention.c_attn.bias
-                if family == "gpt2"
-                else attention.query_key_value.bias.view(4, 3, 8).transpose(0, 1)
-            )
-            b_v, b_o = qkv.reshape(3, 32)[2], (attention.c_proj if family == "gpt2" else attention.dense).bias
-        elif family in ("opt", "qwen2"):
-            b_v = attention.v_proj.bias
-            b_o = attention.out_proj.bias if family == "opt" else b_o
-        v = (seen["x"][:, 0] @ view.v_weight().t() + b_v).view(2, view.n_kv_heads, 1, view.head_dim)
-        v = v.expand(-1, -1, view.n_heads // view.n_kv_heads, -1).flatten(1)
-        torch.testing.assert_close(v @ view.o_weight().t() + b_o, seen["y"][:, 0], rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
 def test_installed_dense_is_the_stock_model_bit_for_bit(family):
     model, batch = tiny_model(family), tiny_batch()
     logits, grads = run(model, batch)
@@ -259,7 +229,7 @@ def test_other_layers_keep_all_heads_when_one_is_configured():
     assert views[1].module.config is model.config
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "olmo2"])
+@pytest.mark.parametrize("family", ["llama", "olmo2"])
 def test_compiled_step_equals_eager(family):
     model, batch = tiny_model(family), tiny_batch()
     views = anatomy.inspect(model).attentions

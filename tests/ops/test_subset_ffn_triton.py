@@ -51,9 +51,7 @@ def test_says_why_it_cannot_run():
     with pytest.raises(BackendError, match="backend"):
         triton.subset_ffn(x, torch.ones(3, 4), torch.ones(4, 3), None)
     ok, reason = triton.available()
-    assert reason
-    if not RUNS and find_spec("triton") is not None:
-        assert not ok
+    assert reason and (ok or not RUNS)
 
 
 def compile_for_hopper(kernel: Any, constants: dict[str, Any], **options: int) -> Any:

@@ -11,6 +11,7 @@ from report_folders import SAT, STEPS, TOKENS_PER_STEP, dense_loss, quickstart, 
 from fallow.errors import DataError
 from fallow.report import build_report
 from fallow.report.analysis import compare, interpolate
+from fallow.report.figures import pooled
 from fallow.report.loading import load
 from fallow.report.svg import smooth, spread_labels, thin_out, tick_text, ticks
 
@@ -22,7 +23,7 @@ def arm_of(summary: dict, name: str) -> dict:
 
 
 def test_gaps_at_equal_tokens_and_at_equal_seconds(tmp_path: Path) -> None:
-    """SAT ends 0.021 behind at equal tokens; dense had then read 1/1.38 of its text, between its evaluations 80 and 100."""
+    """SAT ends 0.021 behind; dense had by then read 1/1.38 of its text, between its evaluations at steps 80 and 100."""
     sat = arm_of(build_report([quickstart(tmp_path)]).summary, "sat")
     assert sat["speedup_tokens_per_second"]["mean"] == pytest.approx(1.38, abs=1e-6)
     assert sat["loss_gap_equal_tokens"]["mean"] == pytest.approx(0.021, abs=1e-9)
@@ -67,6 +68,13 @@ def test_equal_settings_and_other_seeds_are_one_arm_without_a_suffix(tmp_path: P
     arms = compare(load(runs)).arms
     assert [len(arm.runs) for arm in arms] == [2, 1]
     assert len({arm.name for arm in arms}) == 2, "two arms of one name must be told apart on the page"
+
+
+def test_repeats_of_other_lengths_keep_their_common_steps_and_their_ends(tmp_path: Path) -> None:
+    runs = load([write_run(tmp_path / f"d-s{i}", arm=f"d-s{i}", seed=i, steps=87 + i) for i in (0, 1)]).runs
+    points, low, high = pooled(runs, "evals", "tokens", lambda _, line: line["loss"])
+    assert [x / TOKENS_PER_STEP for x, _ in points] == [0, 20, 40, 60, 80, 87.5]
+    assert high[-1] - low[-1] == pytest.approx(dense_loss(87 * TOKENS_PER_STEP) - dense_loss(88 * TOKENS_PER_STEP))
 
 
 def test_seeds_that_disagree_about_the_sign_are_a_draw(tmp_path: Path) -> None:

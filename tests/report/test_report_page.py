@@ -16,10 +16,9 @@ from fallow.cli.report import report_command
 from fallow.report import build_report, write_report
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --hide-scrollbars --virtual-time-budget=3000 --enable-logging=stderr --v=0"
-).split()
+FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars"]
+FLAGS += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
+FLAGS += ["--virtual-time-budget=3000", "--enable-logging=stderr", "--v=0"]
 # Run in the page after its own script: measures what is shown, and hovers over the first chart.
 PROBE = """
 <script>addEventListener("load", () => {
@@ -35,10 +34,11 @@ PROBE = """
     widest: Math.max(...shown.map((b) => b.right)), page: document.documentElement.scrollWidth, window: innerWidth,
     ready: document.documentElement.dataset.ready, tip: document.getElementById("tip").textContent,
     paper: getComputedStyle(document.body).backgroundColor,
-    colliding: [...document.querySelectorAll("svg.chart")].filter((s) => s.getBoundingClientRect().width > 0)
-      .flatMap((s) => { const b = [...s.querySelectorAll("text.label")].map((t) => t.getBoundingClientRect());
-        return b.filter((p, i) => b.some((q, j) => j > i && Math.min(p.bottom, q.bottom) - Math.max(p.top, q.top) > 4)); })
-      .length,
+    colliding: [...document.querySelectorAll("svg.chart")].flatMap((s) => {
+      const all = [...s.querySelectorAll("text.label")].map((t) => t.getBoundingClientRect());
+      const over = (p, q) => Math.min(p.bottom, q.bottom) - Math.max(p.top, q.top);
+      return all.filter((p, i) => all.some((q, j) => j > i && over(p, q) > 4));
+    }).length,
     resources: performance.getEntriesByType("resource").map((r) => r.name).filter((n) => !n.startsWith("data:")),
   });
   document.body.append(out);

@@ -1,4 +1,5 @@
-"""Loads `fallow/_native*.so`, the compiled CPU kernels, through ctypes: a plain C library with no Python or PyTorch symbols in it.
+"""Loads `fallow/_native*.so`, the compiled CPU kernels, through ctypes: a plain C library with no Python or PyTorch
+symbols in it.
 
 The obvious alternative, a torch extension, must be rebuilt for every PyTorch release and needs its headers at install.
 A call costs about 5 us. Nothing is loaded at import; without the library every op has a pure PyTorch path.

@@ -3,8 +3,8 @@
     write_report([Path("runs/quickstart")], Path("runs/quickstart/report.html"))
 
 `loading` reads the folders, `analysis` compares the arms, `doubts` says what to hold against that, `wording` what was
-found, `figures` decides what is drawn, `charts`, `bars` and `svg` draw it, `view` fills the tables, `page.html` lays all
-of it out. Everything is inline: the page opens without a network, from a mail attachment, years later.
+found, `figures` decides what is drawn, `charts`, `bars` and `svg` draw it, `view` fills the tables, `page.html` lays
+all of it out. Everything is inline: the page opens without a network, from a mail attachment, years later.
 """
 
 from __future__ import annotations
@@ -80,6 +80,7 @@ def build_report(run_dirs: Iterable[Path]) -> Report:
         columns=view.ARM_COLUMNS,
         arms=view.arm_rows(comparison),
         baseline=comparison.baseline,
+        controlled=any(arm.control for arm in comparison.arms),
         repeated=max(len(arm.runs) for arm in comparison.arms) > 1,
         figures={figure.key: figure for figure in drawn},
         layers=layers,

@@ -54,8 +54,10 @@ def layer_map(name: str, colour: int, steps: Sequence[int], columns: Sequence[Se
         levels = [round(20 * column[layer] / top) if top else 0 for column in columns]
         for end in range(1, len(columns) + 1):
             if end == len(columns) or levels[end] != levels[start]:
-                x, y, w = left + start * across, upper + layer * down, (end - start) * across
-                cell = f"M{x:.1f} {y:.1f}h{w:.1f}v{down:.1f}h{-w:.1f}Z"
+                # Absolute corners: neighbours round to the same edge, so no seam shows between them.
+                x, y = left + start * across, upper + layer * down
+                x_end, y_end = left + end * across, y + down
+                cell = f"M{x:.1f} {y:.1f}H{x_end:.1f}V{y_end:.1f}H{x:.1f}Z"
                 shades.setdefault(levels[start], []).append(cell)
                 start = end
     paths = "".join(

@@ -128,7 +128,7 @@ def _drawing(
     )
     clip = f"clip-{key}-{css}"
     parts = [
-        f'<clipPath id="{clip}"><rect x="{left}" y="{top - 6}" width="{right - left + 6}" '
+        f'<clipPath id="{clip}"><rect x="{left - 6}" y="{top - 6}" width="{right - left + 12}" '
         f'height="{bottom - top + 12}"/></clipPath>'
     ]
     if zero is not None:

@@ -32,7 +32,7 @@ def doubts(comparison: Comparison) -> list[str]:
     for arm in comparison.arms:
         unfinished = [run.status for run in arm.runs if run.status != "finished"]
         if unfinished:
-            lines.append(f"{arm.label}: {_state(unfinished[0])}; its figures are those up to its last logged step.")
+            lines.append(f"{arm.label} {_state(unfinished[0])}; its figures are those up to its last logged step.")
     if comparison.baseline is not None and comparison.sparse:
         unread = [
             arm.label for arm in comparison.sparse if arm.gap_seconds is None and arm.loss and comparison.baseline.loss
@@ -70,8 +70,8 @@ def _learning_rate_doubt(comparison: Comparison) -> list[str]:
 
 
 def _state(status: str) -> str:
-    known = {"running": "still running", "interrupted": "was interrupted", "failed": "failed before its end"}
-    return known.get(status, f"status {status}")
+    known = {"running": "is still running", "interrupted": "was interrupted", "failed": "failed before its end"}
+    return known.get(status, f"has status {status}")
 
 
 def _machine(run: Run) -> Any:

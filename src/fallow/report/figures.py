@@ -51,6 +51,10 @@ def pooled(
         return [], [], []
     steps = sorted(set.intersection(*(set(table) for table in filled))) or sorted(filled[0])
     columns = [[table[step] for table in filled if step in table] for step in steps]
+    ends = [max(table) for table in filled]
+    if min(ends) > steps[-1]:
+        # Repeats planned by seconds end at steps a little apart; their ends still belong together.
+        columns.append([table[end] for table, end in zip(filled, ends, strict=True)])
     points = [(sum(a for a, _ in c) / len(c), sum(b for _, b in c) / len(c)) for c in columns]
     if len(filled) == 1:
         return points, [], []

@@ -151,9 +151,11 @@ def settings(comparison: Comparison) -> tuple[Facts, Facts]:
     reference = comparison.arms.index(comparison.baseline) if comparison.baseline else 0
     for name in dict.fromkeys(name for table in tables for name in table):
         values = [table.get(name, NONE) for table in tables]
-        row = Row(name=name, cells=[Cell(value=v, css="" if v == values[reference] else "differs") for v in values])
-        every.rows.append(row)
         asked = [v for v, arm in zip(values, comparison.arms, strict=True) if arm.method] or values
+        # A dense arm has no method settings, so sparse arms are held against the first of them.
+        usual = {NONE, asked[0]} if name.startswith("method.") and len(asked) > 1 else {values[reference]}
+        row = Row(name=name, cells=[Cell(value=v, css="" if v in usual else "differs") for v in values])
+        every.rows.append(row)
         if len(set(asked if name.startswith("method.") and len(asked) > 1 else values)) > 1:
             differing.rows.append(row)
     return differing, every

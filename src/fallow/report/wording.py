@@ -189,7 +189,7 @@ def _alone(comparison: Comparison) -> Verdict:
         read = f"{tokens(arm.tokens.mean)} tokens in {duration(arm.train_seconds.mean)}"
         text = f"It trained on {read}, {rate(arm.tokens_per_second.mean)} tokens per second. "
     if comparison.sparse:
-        text += "No dense run stands beside it, so nothing here says what sparsity bought: run `fallow compare`."
+        text += "No dense run stands beside it, so nothing here says what sparsity bought: “fallow compare” runs both."
     else:
         text += "No sparse run stands beside it, so there is nothing to compare."
     return Verdict(arm=arm.name, outcome="open", title=title, sentence=text)

@@ -1,5 +1,4 @@
-"""Dense and sparse arms on the same data, order and seed: one after the other in this process, then compare.json and the
-report.
+"""Dense and sparse arms on the same data, order and seed, one after the other in this process; then the report.
 
 One process per arm would be simpler to keep apart, but start-up, page cache and clock frequency would differ between
 arms; here each arm is freshly loaded after the one before is freed. Quality is compared at equal tokens (the last

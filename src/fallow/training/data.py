@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pyarrow
 from datasets import Dataset
@@ -143,10 +143,18 @@ def _pack(documents: list[Document], fields: Fields, seq_len: int, tokenizer: Pr
     return pack_pairs(_tokenise_pairs(documents, tokenizer), seq_len, int(pad or 0))  # type: ignore[arg-type]
 
 
+def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], *, special: bool = True) -> list[list[int]]:
+    return cast("list[list[int]]", tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"])
+
+
+def _end(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    return None if tokenizer.eos_token_id is None else int(cast("int", tokenizer.eos_token_id))
+
+
 def _tokenise(documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase) -> Iterable[list[int]]:
-    end = tokenizer.eos_token_id
+    end = _end(tokenizer)
     for batch in in_batches(documents, 256):
-        for ids in tokenizer([d["text"] for d in batch], verbose=False)["input_ids"]:  # type: ignore[union-attr]
+        for ids in _ids(tokenizer, [d["text"] for d in batch]):
             yield ids if end is None or (ids and ids[-1] == end) else [*ids, end]
 
 
@@ -154,10 +162,10 @@ def _tokenise_pairs(documents: Iterable[Document], tokenizer: PreTrainedTokenize
     chat = bool(tokenizer.chat_template)
     for batch in in_batches(documents, 256):
         texts = [_as_chat(d, tokenizer) if chat else (d["prompt"] + "\n", d["answer"]) for d in batch]
-        prompts = tokenizer([p for p, _ in texts], add_special_tokens=not chat, verbose=False)["input_ids"]
-        answers = tokenizer([a for _, a in texts], add_special_tokens=False, verbose=False)["input_ids"]
-        end = tokenizer.eos_token_id
-        for prompt, answer in zip(prompts, answers, strict=True):  # type: ignore[arg-type]
+        prompts = _ids(tokenizer, [p for p, _ in texts], special=not chat)
+        answers = _ids(tokenizer, [a for _, a in texts], special=False)
+        end = _end(tokenizer)
+        for prompt, answer in zip(prompts, answers, strict=True):
             if not chat and prompt and prompt[-1] == end:
                 prompt = prompt[:-1]
             yield Pair(prompt, answer if end is None or end in answer else [*answer, end])

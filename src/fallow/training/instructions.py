@@ -25,13 +25,10 @@ class InstructionTrainer(RunMixin, SFTTrainer):
 
 def instruction_arguments(settings: dict[str, Any]) -> SFTConfig:
     """`settings` (keywords of TrainingArguments) as TRL's config, with its data preparation off."""
-    # TRL turns recomputation on by default, under either of its two names.
-    off = {} if settings.get("activation_checkpointing") else {"gradient_checkpointing": False}
-    settings = {k: v for k, v in settings.items() if not (off and k.startswith("activation_checkpointing"))}
-    return SFTConfig(
-        **settings,
-        **off,
-        max_length=None,
-        packing=False,
-        dataset_kwargs={"skip_prepare_dataset": True},
-    )
+    settings = dict(settings)
+    if not settings.get("activation_checkpointing"):
+        # TRL turns recomputation on by default, under its older name.
+        settings = {k: v for k, v in settings.items() if not k.startswith("activation_checkpointing")}
+        settings.setdefault("gradient_checkpointing", False)
+    data: dict[str, Any] = {"max_length": None, "packing": False, "dataset_kwargs": {"skip_prepare_dataset": True}}
+    return SFTConfig(**settings, **data)

@@ -43,7 +43,7 @@ class Meters:
         self.cpu_seconds = 0.0
         self.earlier_wall = 0.0
         self.step_seconds: list[float] = []
-        self.phases = dict.fromkeys(PHASES, 0.0)
+        self.phases: dict[str, float] = dict.fromkeys(PHASES, 0.0)
         self.peak_mb = 0.0
         self._warm = False
         self._stack: list[str] = []

@@ -108,7 +108,7 @@ def _unpacked(folder: str, gguf_file: str, dtype: torch.dtype) -> Path:
         for owner, attribute in ((model.config, "quantization_config"), (model, "hf_quantizer")):
             if hasattr(owner, attribute):
                 delattr(owner, attribute)
-        model.is_quantized = False
+        model.is_quantized = False  # type: ignore[assignment]  # nn.Module types attributes as tensors
         for weight in model.parameters():
             if weight.dtype is not dtype:
                 raise UnsupportedModelError(f"{gguf_file} was not unpacked to {dtype}; convert it to safetensors first")

@@ -33,11 +33,10 @@ class Display:
         self._total, self._first, self._began = total, done, time.perf_counter()
         if self._console.is_terminal:
             columns = (BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.description}"))
-            self._progress = Progress(
-                *columns, TimeRemainingColumn(compact=True), console=self._console, transient=True
-            )
-            self._progress.add_task("starting", total=total, completed=done)
-            self._progress.start()
+            live = Progress(*columns, TimeRemainingColumn(compact=True), console=self._console, transient=True)
+            live.add_task("starting", total=total, completed=done)
+            live.start()
+            self._progress = live
 
     def step(self, done: int) -> None:
         """A step is complete."""

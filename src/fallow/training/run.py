@@ -21,9 +21,9 @@ from transformers import PreTrainedModel, set_seed
 import fallow
 from fallow import machine, ops
 from fallow.errors import CheckpointError, ConfigError
+from fallow.handle import sparsify
 from fallow.method import Method
 from fallow.ops import attention, cross_entropy
-from fallow.sparsify import sparsify
 from fallow.training import checkpoint, data, models, precision, trainer
 from fallow.training.cache import build_folder
 from fallow.training.meters import Meters, RunFolder, memory_mb

@@ -84,7 +84,7 @@ def resolve(file: Mapping[str, Any], flags: Mapping[str, Any], *, arm: str | Non
         raise ConfigError("--method has no effect on a recipe with arms; change the arms in the file")
     if "equal_seconds_to" in shared or "equal_seconds_to" in flags:
         raise ConfigError("recipe: equal_seconds_to belongs inside an arm, and names another arm")
-    method = str((flags | own if not arms else own).get("method", shared.get("method", "none")))
+    method = str((own if arms else flags).get("method", shared.get("method", "none")))
     method_fields = set() if method == "none" else {f.name for f in dataclasses.fields(method_class(method))}
     of_some_arm = _fields_of_all_methods(file)
     values: dict[str, Any] = {}

@@ -136,9 +136,12 @@ class RunMixin(Trainer):
             )
         if found is None:
             self.control.should_save = self.control.should_training_stop = True
+            self.control.should_evaluate = False
             return {}
         self.hooks.on_eval(found)
-        return {"eval_loss": found}
+        metrics = {"eval_loss": found}
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
 
     def _get_output_dir(self, trial: Any) -> str:
         return self._target or super()._get_output_dir(trial)

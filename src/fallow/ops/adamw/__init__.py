@@ -1,6 +1,7 @@
 """AdamW on fp32 masters, whole tensors (`dense`) or the neurons that took part (`subset`); chooses naive or native.
 
-`fallow.optim.AdamW` is the optimizer built on it. Cost: bound by memory bandwidth, 28 bytes per bf16 weight when native.
+`fallow.optim.AdamW` is the optimizer built on it. Cost: bound by memory bandwidth, 28 bytes per bf16 weight when
+native.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ def dense(tensors: list[Tensors], steps: list[int], hyper: Hyper) -> None:
 
 
 def subset(t: Tensors, dim: int, index: Tensor, clock: Tensor, hyper: Hyper) -> None:
-    """Update rows (`dim` 0) or columns (1) `index` (int64 [K], distinct) in place; `clock` int32 counts each one's steps.
+    """Update rows (`dim` 0) or columns (1) `index` (int64 [K], distinct) in place; `clock` int32 counts each one's
+    steps.
 
     Raises:
         ConfigError: `index` is out of range, or `dim` is neither 0 nor, for a matrix, 1.

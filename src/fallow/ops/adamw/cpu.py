@@ -1,7 +1,7 @@
 """AdamW through native/adamw.cpp: one pass over memory per tensor, on `torch.get_num_threads()` threads.
 
-28 bytes are moved per bf16 weight (master, two moments and gradient read; master, moments and weight written); the naive form
-moves about 150. One call updates all tensors of a group, so that the split over threads is even.
+28 bytes are moved per bf16 weight (master, two moments and gradient read; master, moments and weight written); the
+naive form moves about 150. One call updates all tensors of a group, so that the split over threads is even.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """AdamW in plain PyTorch: the truth for every other backend, and what runs without the compiled kernels.
 
-Loshchilov & Hutter 2019, in the operations and order of `torch.optim.AdamW`, so that fp32 results are bit-equal to it. bf16
-parameters are a rounded copy of an fp32 master. Cost: about ten passes over memory per tensor, where the native kernel makes one.
+Loshchilov & Hutter 2019, in the operations and order of `torch.optim.AdamW`, so that fp32 results are bit-equal to it.
+bf16 parameters are a rounded copy of an fp32 master. Cost: about ten passes over memory per tensor, where the native
+kernel makes one.
 """
 
 from __future__ import annotations
@@ -96,7 +97,8 @@ def subset(t: Tensors, dim: int, index: Tensor, clock: Tensor, hyper: Hyper) -> 
         t: tensors of shape [R, C] (or any shape with `dim` 0).
         dim: 0 or 1.
         index: int64 [K], distinct.
-        clock: int32 [size of `dim`], each row's or column's own step count, advanced in place; it sets the bias correction.
+        clock: int32 [size of `dim`], each row's or column's own step count, advanced in place; it sets the bias
+            correction.
         hyper: shared settings.
     """
     beta1, beta2 = hyper.betas

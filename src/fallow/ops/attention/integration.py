@@ -1,7 +1,8 @@
 """Gives `fallow.ops.attention` to a transformers model, through the library's own registry of attention functions.
 
-Nothing is patched: the functions are registered under the name "fallow_cpu" the first time a model asks for them, and the model's
-attention implementation is set to that name. What the op does not serve (decoding, dropout) goes to PyTorch's SDPA call by call.
+Nothing is patched: the functions are registered under the name "fallow_cpu" the first time a model asks for them, and
+the model's attention implementation is set to that name. What the op does not serve (decoding, dropout) goes to
+PyTorch's SDPA call by call.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def _stock(
     is_causal: bool,
     kwargs: dict[str, Any],
 ) -> tuple[Tensor, None]:
-    """transformers' SDPA function, or SDPA itself where heads were omitted and the module's own group count is out of date."""
+    """transformers' SDPA function, or SDPA itself where heads were omitted and the module's group count is stale."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     groups = query.shape[1] // key.shape[1]
@@ -109,7 +110,7 @@ def enable(model: PreTrainedModel) -> str:
 
     Models it cannot serve are left as they are. `disable(model)` undoes it; saved configs do not mention it.
     """
-    current = model.config._attn_implementation
+    current = str(model.config._attn_implementation)
     if current == NAME:
         return f"attention: {NAME} already"
     reason = _refusal(model)

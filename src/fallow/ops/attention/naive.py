@@ -1,4 +1,5 @@
-"""Scaled dot-product attention with grouped queries, written out: fp32 scores and softmax. The truth for the other backends.
+"""Scaled dot-product attention with grouped queries, written out: fp32 scores and softmax. The truth for the other
+backends.
 
 Memory and traffic: three fp32 tensors of [B, H, T, T]; for tests and as the fallback, not for training runs.
 Shapes: B batch, H query heads, G key/value heads (groups), R = H / G query heads of one group, T tokens, d head width.
@@ -37,7 +38,7 @@ def attention(
     causal: bool,
     dropout: float,
 ) -> Tensor:
-    """softmax(scale · q kᵀ + mask) v, [B, H, T, d]; a query that may see no key gives zeros. Queries align with the last keys."""
+    """softmax(scale · q kᵀ + mask) v, [B, H, T, d]; zeros for a query without keys. Queries align to the last keys."""
     groups = q_BHTd.shape[1] // k_BGTd.shape[1]
     k_BHTd, v_BHTd = (x.repeat_interleave(groups, dim=1).float() for x in (k_BGTd, v_BGTd))
     scores = (q_BHTd.float() * scale) @ k_BHTd.transpose(-1, -2)

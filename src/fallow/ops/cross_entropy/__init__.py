@@ -1,7 +1,8 @@
-"""Causal-LM cross entropy that never makes an fp32 copy of the logits; set as `model.loss_function` on a transformers model.
+"""Causal-LM cross entropy that never makes an fp32 copy of the logits; set as `model.loss_function` on a transformers
+model.
 
-transformers' own loss casts all logits to fp32 first: at 2048 tokens × 49k words 400 MB for the copy, as much again for its
-softmax and its gradient. Registered as `fallow::cross_entropy`, so that `torch.compile` keeps it whole.
+transformers' own loss casts all logits to fp32 first: at 2048 tokens × 49k words 400 MB for the copy, as much again for
+its softmax and its gradient. Registered as `fallow::cross_entropy`, so that `torch.compile` keeps it whole.
 Cost: bound by memory bandwidth, three passes over the logits in their own dtype.
 """
 
@@ -65,7 +66,8 @@ _forward.register_autograd(_gradient, setup_context=_save)
 
 
 def cross_entropy(logits_NV: Tensor, labels_N: Tensor, *, ignore_index: int = -100) -> Tensor:
-    """Sum of the cross entropies of N rows, an fp32 scalar in nats; `F.cross_entropy(logits.float(), labels, reduction="sum")`.
+    """Sum of the cross entropies of N rows, an fp32 scalar in nats; `F.cross_entropy(logits.float(), labels,
+    reduction="sum")`.
 
     Args:
         logits_NV: [N, V], any floating dtype; the gradient comes in the same dtype.
@@ -98,16 +100,18 @@ def causal_lm_loss(
     shift_labels: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    """The next-token loss, in the signature of transformers' `ForCausalLMLoss`; set it with `model.loss_function = causal_lm_loss`.
+    """The next-token loss, in the signature of transformers' `ForCausalLMLoss`; set it with `model.loss_function =
+    causal_lm_loss`.
 
-    `**kwargs` is here, and only here, because transformers passes every extra argument of `model(...)` on to its loss function
-    and expects those of other losses to be ignored.
+    `**kwargs` is here, and only here, because transformers passes every extra argument of `model(...)` on to its loss
+    function and expects those of other losses to be ignored.
 
     Args:
         logits: [B, T, V] (or [N, V]).
         labels: int64 [B, T]; token t is scored against labels[t + 1]. May be None when `shift_labels` is given.
         vocab_size: V.
-        num_items_in_batch: divide the summed loss by this (gradient accumulation); None: by the number of scored tokens.
+        num_items_in_batch: divide the summed loss by this (gradient accumulation); None: by the number of scored
+            tokens.
         ignore_index: label of tokens that are not scored.
         shift_labels: labels that are shifted already; `labels` is then unused.
 

@@ -1,7 +1,9 @@
-"""Cross entropy through native/cross_entropy.cpp: a row at a time in cache, fp32 in registers, rows of ignored labels skipped.
+"""Cross entropy through native/cross_entropy.cpp: a row at a time in cache, fp32 in registers, rows of ignored labels
+skipped.
 
-Traffic: logits read once forwards; logits read and gradient written once backwards. The gradient goes to ONE fresh buffer of the
-logits' size and dtype, not into the logits: those are the caller's `outputs.logits`, and they must survive `backward()`.
+Traffic: logits read once forwards; logits read and gradient written once backwards. The gradient goes to ONE fresh
+buffer of the logits' size and dtype, not into the logits: those are the caller's `outputs.logits`, and they must
+survive `backward()`.
 """
 
 from __future__ import annotations

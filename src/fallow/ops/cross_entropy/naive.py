@@ -1,7 +1,8 @@
-"""Cross entropy in plain PyTorch, a chunk of rows at a time: the truth for the native kernel, and what runs without it or on a GPU.
+"""Cross entropy in plain PyTorch, a chunk of rows at a time: the truth for the native kernel, and what runs without it
+or on a GPU.
 
-The obvious alternative, `F.cross_entropy(logits.float())`, makes an fp32 copy of all logits, a second one of their softmax and a
-third of the gradient (1.2 GB at 2048 tokens × 49k words). Here fp32 lives in chunks of a few rows.
+The obvious alternative, `F.cross_entropy(logits.float())`, makes an fp32 copy of all logits, a second one of their
+softmax and a third of the gradient (1.2 GB at 2048 tokens × 49k words). Here fp32 lives in chunks of a few rows.
 """
 
 from __future__ import annotations

@@ -2,14 +2,16 @@
 
 "gather" (default): kept rows of gate and up are copied into one [2K, D] operand, kept columns of down into [D, K], and
 torch.mm does the arithmetic; the rest are one-pass kernels (triton_kernels.py). The copies cost 6·K·D elements read and
-written per direction against 18·T·K·D FLOPs in all, a few percent at T = 8192, and cuBLAS beats a Triton GEMM by more.
+written per direction against 18·T·K·D FLOPs in all, a few percent at T = 8192; that cuBLAS makes up for it is expected,
+not measured yet.
 "fused": the GEMMs read the kept rows through the index themselves (triton_gemms.py). Only w_down's columns are copied:
 reading them in the tile loader would repeat scattered 2-byte loads T/128 times, one copy reads D·F and writes D·K. A
 transposed copy kept across steps was the alternative; each optimizer step would have to rewrite it, 2·D·F elements.
 
 Saved for backward: x and the preactivations of kept channels, nothing else; h is recomputed. Weights are gathered again
-in backward rather than kept. Without a GPU all kernels run under Triton's interpreter (TRITON_INTERPRET=1), in fp32,
-fp16 and (gather only: the interpreter's dot has no bf16) bf16; on a GPU this file has not been run yet.
+in backward rather than kept. Tested without a GPU: values and gradients under Triton's interpreter (TRITON_INTERPRET=1)
+in fp32, fp16 and, for "gather" only (the interpreter's dot has no bf16), bf16; and every kernel compiles for sm_90.
+Not yet run on a GPU: benchmarks/gpu_all.py checks it there first, then times both variants.
 """
 
 from __future__ import annotations
