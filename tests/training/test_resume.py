@@ -19,6 +19,9 @@ from safetensors.torch import load_file
 
 from fallow.errors import CheckpointError
 from fallow.training import checkpoint
+from fallow.training.progress import Display
+from fallow.training.run import run
+from fallow.training.settings import resolve
 from tests.training.tiny_runs import settings
 
 ROOT = Path(__file__).parents[2]
@@ -26,7 +29,7 @@ ROOT = Path(__file__).parents[2]
 
 def start(recipe: Path, *flags: str, limit: int | None = None) -> subprocess.Popen[str]:
     """`fallow train` in its own process; `limit` is the largest file it may write, in bytes."""
-    code = "import sys; from fallow.cli.train import train_command; from fallow.cli import main; sys.exit(main())"
+    code = "import sys; from fallow.cli import main; sys.exit(main())"
     if limit is not None:
         code = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); {code}"
     paths = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
@@ -66,8 +69,7 @@ def wait_for_step(metrics: Path, step: int, process: subprocess.Popen[str]) -> N
 def test_killed_and_resumed_equals_never_killed(tmp_path: Path, precision: str) -> None:
     common = settings(tmp_path, precision=precision, steps=60, save_every=4, accumulate=2, batch_size=1)
     common |= {"method": "sat", "omit": 0.5, "ladder": 2, "dense_share": 0.2, "importance": "uniform"}
-    # 256 channels, so that half of them is a whole number of tiles and something is omitted
-    finish(write(tmp_path / "whole.yaml", common | {"name": "whole"}))
+    run(resolve(common | {"name": "whole"}, {}), display=Display(silent=True))
     cut = write(tmp_path / "cut.yaml", common | {"name": "cut"})
     process = start(cut)
     wait_for_step(tmp_path / "runs/cut/sat/metrics.jsonl", random.randint(5, 50), process)
@@ -76,17 +78,19 @@ def test_killed_and_resumed_equals_never_killed(tmp_path: Path, precision: str) 
     assert json.loads((tmp_path / "runs/cut/sat/run.json").read_text())["status"] == "running"
     assert "resuming   from checkpoint-" in finish(cut)
     whole, again = (tmp_path / "runs" / name / "sat" for name in ("whole", "cut"))
-    expected, found = (load_file(run / "model/model.safetensors") for run in (whole, again))
+    expected, found = (load_file(r / "model/model.safetensors") for r in (whole, again))
     assert expected.keys() == found.keys()
     for name, weight in expected.items():
         assert torch.equal(weight, found[name]), name
     last = sorted((whole / "checkpoints").glob("checkpoint-*"), key=checkpoint.step_of)[-1].name
-    states = [torch.load(run / "checkpoints" / last / "optimizer.pt")["state"] for run in (whole, again)]
+    states = [torch.load(r / "checkpoints" / last / "optimizer.pt")["state"] for r in (whole, again)]
     for key, state in states[0].items():
         for name, value in state.items():
             assert torch.equal(torch.as_tensor(value), torch.as_tensor(states[1][key][name])), (key, name)
     for kind in ("train", "eval", "layers"):
-        lines = [[e for e in map(json.loads, (r / "metrics.jsonl").open()) if e["kind"] == kind] for r in (whole, again)]
+        lines = [
+            [e for e in map(json.loads, (r / "metrics.jsonl").open()) if e["kind"] == kind] for r in (whole, again)
+        ]
         assert [e["step"] for e in lines[0]] == [e["step"] for e in lines[1]]
         assert [e.get("loss") for e in lines[0]] == [e.get("loss") for e in lines[1]]
         assert [e.get("omit_ffn") for e in lines[0]] == [e.get("omit_ffn") for e in lines[1]]
@@ -103,16 +107,15 @@ def test_ctrl_c_saves_says_how_to_resume_and_exits_1(tmp_path: Path) -> None:
     assert process.returncode == 1
     assert "run the same command again to resume" in out
     assert "Traceback" not in out
-    run = json.loads((tmp_path / "runs/tiny/dense/run.json").read_text())
-    assert run["status"] == "interrupted"
+    record = json.loads((tmp_path / "runs/tiny/dense/run.json").read_text())
+    assert record["status"] == "interrupted"
     saved = checkpoint.newest_valid(tmp_path / "runs/tiny/dense/checkpoints", print)
-    assert saved is not None and checkpoint.step_of(saved) == run["totals"]["steps"] >= 3
+    assert saved is not None and checkpoint.step_of(saved) == record["totals"]["steps"] >= 3
 
 
 def test_full_disk_is_one_line_and_the_last_checkpoint_stays_valid(tmp_path: Path) -> None:
     common = settings(tmp_path, steps=400, save_every=2, log_every=100)
     recipe = write(tmp_path / "r.yaml", common)
-    finish(recipe, "--steps", "3", "--name", "warm-cache")
     process = start(recipe)
     folder = tmp_path / "runs/tiny/dense/checkpoints"
     while checkpoint.newest_valid(folder, lambda line: None) is None and process.poll() is None:

@@ -12,7 +12,30 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.tiny_models import tiny_model
 
-WORDS = "the a cat dog bird sees hears finds small red old quick river house stone under over near and then it ran".split()
+WORDS = [
+    "the",
+    "a",
+    "cat",
+    "dog",
+    "bird",
+    "sees",
+    "hears",
+    "finds",
+    "small",
+    "red",
+    "old",
+    "quick",
+    "river",
+    "house",
+    "stone",
+    "under",
+    "over",
+    "near",
+    "and",
+    "then",
+    "it",
+    "ran",
+]
 CHAT = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}</s>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"

@@ -94,6 +94,21 @@ def describe(model: PreTrainedModel, name: str) -> dict[str, Any]:
     }
 
 
+def documents_stay_apart(model: PreTrainedModel) -> bool:
+    """Whether documents packed into one row are invisible to each other, found by changing the first of two.
+
+    Most families build a block-diagonal mask from `position_ids`; some (OPT in transformers 5.23) ignore them there.
+    """
+    ids_BT = torch.tensor([[1, 2, 3, 4, 5, 6], [7, 8, 9, 4, 5, 6]], device=model.device)
+    positions_BT = torch.tensor([[0, 1, 2, 0, 1, 2]], device=model.device).expand(2, -1)
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        logits_BTV = model(input_ids=ids_BT, position_ids=positions_BT, use_cache=False).logits.float()
+    model.train(training)
+    return torch.allclose(logits_BTV[0, 3:], logits_BTV[1, 3:], rtol=1e-3, atol=1e-3)
+
+
 def _unpacked(folder: str, gguf_file: str, dtype: torch.dtype) -> Path:
     """The safetensors folder of a GGUF file, from the cache or made now."""
     file = Path(folder) / gguf_file

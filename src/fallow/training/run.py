@@ -131,6 +131,7 @@ class _Run:
         if earlier and self.resumed:
             self.record["eval"] = earlier.get("eval") or self.record["eval"]
         self._print_header(backend_lines, earlier is not None)
+        self._check_packing()
 
     def _fast_paths(self) -> list[str]:
         """Put the fastest sound attention and loss on this instance; the same for every arm."""
@@ -140,6 +141,13 @@ class _Run:
             return ["attention and loss: stock"]
         self.model.loss_function = cross_entropy.causal_lm_loss  # type: ignore[assignment]
         return [attention.enable(self.model)]
+
+    def _check_packing(self) -> None:
+        if not models.documents_stay_apart(self.model):
+            self.display.say(
+                f"packing    {self.model.config.model_type} ignores document boundaries: texts packed into one row see"
+                " each other"
+            )
 
     def _print_header(self, backend_lines: list[str], again: bool) -> None:
         say, r, m, d = self.display.say, self.record, self.record["model"], self.record["data"]

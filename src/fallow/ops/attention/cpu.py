@@ -121,7 +121,7 @@ def _bias(
 
 
 def _probabilities(q: Tensor, k: Tensor, bias: Tensor | None, batch: int, n_rows: int, room: Tensor | None) -> Tensor:
-    """softmax(q kᵀ + bias), [B·G, R·rows, keys], into `room` if given; q is scaled. Rows that may see nothing are zero."""
+    """softmax(q kᵀ + bias), [B·G, R·rows, keys], into `room` if given; zero rows where nothing may be seen."""
     s = torch.bmm(q, k.transpose(1, 2))
     room = s if room is None else room.view(s.shape)
     if bias is None:

@@ -35,14 +35,17 @@ def _attention_forward(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface (whence `**kwargs`: every model adds its own); returns [B, T, H, d]."""
+    from fallow.ops import attention as room
+
     if is_causal is None:
         is_causal = bool(getattr(module, "is_causal", True))
     causal = is_causal and attention_mask is None and query.shape[2] > 1
     served, _ = cpu.usable(query, key, value, attention_mask, dropout)
     if not served or any(kwargs.get(k) is not None for k in ("softcap", "s_aux", "position_bias", "cache")):
+        room.last_used = "sdpa"
         return _stock(module, query, key, value, attention_mask, dropout, scaling, is_causal, kwargs)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = cpu.attention(query, key, value, scale=scale, mask=attention_mask, causal=causal, dropout=0.0)
+    out = room.attention(query, key, value, scale=scale, mask=attention_mask, causal=causal)
     return out.transpose(1, 2), None
 
 
