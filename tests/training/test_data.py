@@ -87,12 +87,8 @@ def test_loss_on_answers_only_through_the_chat_template(tmp_path: Path) -> None:
                 answer = piece[labels[start:end] != IGNORED]
                 if len(answer):
                     texts.append((tok.decode(piece), tok.decode(answer)))
-    expected = {
-        (f"<|user|>what is {i}?</s><|assistant|><|assistant|>it is {i * i}</s>", f"<|assistant|>it is {i * i}</s>")
-        for i in range(60)
-    }
-    plain = {(f"<|user|>what is {i}?</s><|assistant|>it is {i * i}</s>", f"it is {i * i}</s>") for i in range(60)}
-    assert set(texts) in (expected, plain) and len(texts) == 60
+    expected = {(f"<|user|>what is {i}?</s><|assistant|>it is {i * i}</s>", f"it is {i * i}</s>") for i in range(60)}
+    assert set(texts) == expected and len(texts) == 60
 
 
 def test_the_cache_is_keyed_by_content_and_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,5 +184,5 @@ def test_missing_files_and_a_foreign_vocabulary(tmp_path: Path) -> None:
         prepare(train_data=[str(tmp_path / "none.txt")])
     (tmp_path / "a.txt").write_text(text(0, 300))
     recipe = resolve({"seq_len": 32, "train_data": [str(tmp_path / "a.txt")], "eval_fraction": 0.2}, {})
-    with pytest.raises(DataError, match="ids up to [0-9]+, but the model has 200 embeddings"):
+    with pytest.raises(DataError, match=r"ids up to \d+, but the model has 200 embeddings"):
         data.prepare(recipe, tokenizer(), 200)

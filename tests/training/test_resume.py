@@ -1,4 +1,4 @@
-"""Killed at any step and resumed equals never killed, bit for bit: weights, optimizer, order of data, schedule, sparsity."""
+"""Killed at any step and resumed equals never killed, bit for bit; faults of disk and user leave the run whole."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def test_damaged_checkpoint_falls_back_to_the_one_before(tmp_path: Path) -> None
     assert checkpoint.newest_valid(folder, said.append) == folder / "checkpoint-4"
     assert len(said) == 1 and "checkpoint-6 is damaged (the content of weights has changed)" in said[0]
     (folder / "checkpoint-4/weights").write_bytes(b"\4" * 10)
-    with pytest.raises(CheckpointError, match="no checkpoint in .* is whole"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .* is whole"):
         checkpoint.newest_valid(folder, said.append)
     assert "has 10 bytes instead of 1000" in said[-1]
 

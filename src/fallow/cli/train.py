@@ -79,5 +79,6 @@ def settings_help() -> str:
 
 
 def _torchrun(nproc: int, argv: list[str]) -> int:
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}", "-m", "fallow", "train"]
+    # "--" keeps torchrun from reading our flags as abbreviations of its own
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}", "-m", "--", "fallow", "train"]
     return subprocess.call([sys.executable, *launch, *argv])

@@ -17,10 +17,10 @@ from typing import Any
 
 from fallow.errors import ConfigError
 from fallow.training.cache import write_atomically
-from fallow.training.meters import RunFolder
 from fallow.training.progress import Display
 from fallow.training.recipe import Recipe
-from fallow.training.run import folder_of, release, run
+from fallow.training.run import release, run
+from fallow.training.runfolder import RunFolder, folder_of
 from fallow.training.settings import closest, resolve
 
 Curve = list[tuple[float, float]]

@@ -25,10 +25,5 @@ class InstructionTrainer(RunMixin, SFTTrainer):
 
 def instruction_arguments(settings: dict[str, Any]) -> SFTConfig:
     """`settings` (keywords of TrainingArguments) as TRL's config, with its data preparation off."""
-    settings = dict(settings)
-    if not settings.get("activation_checkpointing"):
-        # TRL turns recomputation on by default, under its older name.
-        settings = {k: v for k, v in settings.items() if not k.startswith("activation_checkpointing")}
-        settings.setdefault("gradient_checkpointing", False)
     data: dict[str, Any] = {"max_length": None, "packing": False, "dataset_kwargs": {"skip_prepare_dataset": True}}
     return SFTConfig(**settings, **data)

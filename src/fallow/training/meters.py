@@ -1,20 +1,15 @@
-"""What a run measures: where its seconds go, its memory, and its two files, run.json and metrics.jsonl.
+"""What a run measures: where its seconds go, and its memory.
 
 `train_seconds` is time inside optimizer steps (data, forward, backward, optimizer), never evaluation, checkpoints or
 start-up; tokens per second come from the *median* step, the first left out, because the first step allocates and one
-hiccup of the machine should not decide a comparison. Phases are exclusive: time in an inner phase is not counted in
-the outer one. Phases on a GPU are host time; only whole steps are synchronised.
-
-run.json:      fallow, run, arm, status, started, finished, command, recipe, method, model, data, machine, versions,
-               precision, backends, totals, eval, time (README of the fields: `RunFile` callers in run.py)
-metrics.jsonl: {"kind": "train" | "eval" | "layers", "step", …}, one line each
+hiccup of the machine should not decide a comparison. Phases are exclusive: time in an inner phase is not counted in the
+outer one. Phases on a GPU are host time; only whole steps are synchronised.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import json
 import re
 import statistics
 import time
@@ -24,9 +19,6 @@ from typing import Any
 
 import psutil
 import torch
-
-from fallow.errors import CheckpointError
-from fallow.training.cache import write_atomically
 
 PHASES = ("forward", "backward", "optimizer", "selection", "evaluation", "checkpoint", "data", "other")
 _IN_STEP = ("forward", "backward", "optimizer", "selection", "data")
@@ -161,63 +153,6 @@ class Meters:
         self.step_seconds = list(state["step_seconds"])
         self.phases |= state["phases"]
         self.peak_mb = state["peak_mb"]
-
-
-class RunFolder:
-    """OUTPUT/NAME/ARM: run.json, metrics.jsonl, checkpoints/ and, at the end, model/."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.run_file, self.metrics_file = path / "run.json", path / "metrics.jsonl"
-        self.checkpoints, self.model = path / "checkpoints", path / "model"
-
-    def make(self) -> None:
-        """Create the folder. Raises CheckpointError where that is not possible."""
-        try:
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.path / ".writable", b"")
-            (self.path / ".writable").unlink()
-        except OSError as error:
-            raise CheckpointError(
-                f"output folder {self.path} cannot be written ({error.strerror}); choose another with --output"
-            ) from None
-
-    def read(self) -> dict[str, Any] | None:
-        """run.json, None where there is none or it cannot be read."""
-        try:
-            found = json.loads(self.run_file.read_text())
-        except (OSError, ValueError):
-            return None
-        return found if isinstance(found, dict) else None
-
-    def write(self, run: dict[str, Any]) -> None:
-        """Replace run.json. Raises CheckpointError when the disk refuses."""
-        try:
-            write_atomically(self.run_file, (json.dumps(run, indent=1, default=str) + "\n").encode())
-        except OSError as error:
-            raise CheckpointError(f"{self.run_file} could not be written ({error.strerror}); free some space") from None
-
-    def append(self, line: dict[str, Any]) -> None:
-        """Add one line to metrics.jsonl. Raises CheckpointError when the disk refuses."""
-        try:
-            with self.metrics_file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-        except OSError as error:
-            raise CheckpointError(
-                f"{self.metrics_file} could not be written ({error.strerror}); free some space, then run the same"
-                " command to resume"
-            ) from None
-
-    def forget_after(self, step: int) -> None:
-        """Drop the lines of steps that a resumed run takes again."""
-        if not self.metrics_file.exists():
-            return
-        kept = []
-        for text in self.metrics_file.read_text(errors="replace").splitlines():
-            with contextlib.suppress(ValueError, KeyError, TypeError):
-                if json.loads(text)["step"] <= step:
-                    kept.append(text)
-        write_atomically(self.metrics_file, "".join(text + "\n" for text in kept).encode())
 
 
 def memory_mb(device: torch.device) -> float:

@@ -7,11 +7,9 @@ alone. Everything that decides the result is in the recipe; what it resolved to 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import gc
 import json
 import shutil
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,29 +18,27 @@ from transformers import PreTrainedModel, set_seed
 
 import fallow
 from fallow import machine, ops
-from fallow.errors import CheckpointError, ConfigError
+from fallow.errors import CheckpointError
 from fallow.handle import sparsify
 from fallow.method import Method
 from fallow.ops import attention, cross_entropy
 from fallow.training import checkpoint, data, models, precision, trainer
 from fallow.training.cache import build_folder
-from fallow.training.meters import Meters, RunFolder, memory_mb
+from fallow.training.meters import Meters, memory_mb
 from fallow.training.progress import Display
 from fallow.training.recipe import Recipe
+from fallow.training.runfolder import (
+    RunFolder,
+    arm_name,
+    file_names,
+    folder_of,
+    forget,
+    now,
+    plain,
+    result_line,
+    same_settings,
+)
 from fallow.training.stopping import Stopper
-
-# Settings that a resumed run may change: they alter neither weights nor what is measured.
-_FREE = ("output", "name", "threads", "log_every", "save_every", "arms", "equal_seconds_to")
-
-
-def arm_name(recipe: Recipe) -> str:
-    """The arm's name of a recipe without arms: its method, or `dense`."""
-    return "dense" if recipe.method == "none" else recipe.method
-
-
-def folder_of(recipe: Recipe, arm: str) -> RunFolder:
-    """Where an arm's run lies: OUTPUT/NAME/ARM."""
-    return RunFolder(Path(recipe.output).expanduser() / recipe.name / arm)
 
 
 def run(
@@ -69,13 +65,13 @@ def run(
     folder = folder_of(recipe, arm)
     earlier = None if overwrite else folder.read()
     if earlier is not None:
-        _same_settings(recipe, earlier, folder)
+        same_settings(recipe, earlier, folder)
         if earlier.get("status") == "finished":
-            display.say(f"{folder.path}: finished already ({_result(earlier)}); --overwrite runs it anew")
+            display.say(f"{folder.path}: finished already ({result_line(earlier)}); --overwrite runs it anew")
             return earlier
     folder.make()
     if earlier is None:
-        _forget(folder)
+        forget(folder)
     return _Run(recipe, arm, command, display, folder, earlier).go()
 
 
@@ -113,10 +109,10 @@ class _Run:
             "run": recipe.name,
             "arm": arm,
             "status": "running",
-            "started": (earlier or {}).get("started") or _now(),
+            "started": (earlier or {}).get("started") or now(),
             "finished": None,
             "command": command,
-            "recipe": _plain(recipe),
+            "recipe": plain(recipe),
             "method": recipe.method_summary(),
             "model": model_facts,
             "data": {k: self.data.summary[k] for k in ("train_tokens", "eval_tokens", "files", "digest")},
@@ -153,9 +149,8 @@ class _Run:
         say, r, m, d = self.display.say, self.record, self.record["model"], self.record["data"]
         say(f"run        {self.folder.path}")
         say(f"model      {m['name']}: {m['family']}, {m['parameters'] / 1e6:,.1f}M parameters, {m['layers']} layers")
-        say(
-            f"data       {d['train_tokens']:,} tokens to train on, {d['eval_tokens']:,} held out ({_files(d['files'])})"
-        )
+        sizes = f"{d['train_tokens']:,} tokens to train on, {d['eval_tokens']:,} held out"
+        say(f"data       {sizes} ({file_names(d['files'])})")
         say(f"precision  {r['precision']['dtype']}: {r['precision']['reason']}")
         for line in backend_lines:
             say(f"backends   {line}")
@@ -210,15 +205,15 @@ class _Run:
             return self._interrupted()
         if self.main:
             self._save_model()
-        self.record |= {"status": "finished", "finished": _now()}
+        self.record |= {"status": "finished", "finished": now()}
         if self.main:
             self._write()
-        self.display.say(f"done       {_result(self.record)}")
+        self.display.say(f"done       {result_line(self.record)}")
         self.display.say(f"           {self.folder.path} (the trained model: {self.folder.model})")
         return self.record
 
     def _interrupted(self) -> dict[str, Any]:
-        self.record |= {"status": "interrupted", "finished": _now()}
+        self.record |= {"status": "interrupted", "finished": now()}
         if self.main:
             self._write()
         saved = checkpoint.place(self.folder.checkpoints, self.meters.steps)
@@ -292,48 +287,3 @@ def release() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def _same_settings(recipe: Recipe, earlier: dict[str, Any], folder: RunFolder) -> None:
-    now, then = _plain(recipe), earlier.get("recipe") or {}
-    changed = [k for k in now if k not in _FREE and k in then and now[k] != then[k]]
-    if changed:
-        what = "; ".join(f"{k}: {then[k]} there, {now[k]} now" for k in changed[:3])
-        raise ConfigError(
-            f"{folder.path} holds a run with other settings ({what}); choose another name, or --overwrite"
-        )
-
-
-def _forget(folder: RunFolder) -> None:
-    """Remove an earlier run's own files, and nothing else that lies in the folder."""
-    for part in (folder.checkpoints, folder.model):
-        shutil.rmtree(part, ignore_errors=True)
-    for file in (folder.metrics_file, folder.run_file):
-        file.unlink(missing_ok=True)
-    folder.make()
-
-
-def _plain(recipe: Recipe) -> dict[str, Any]:
-    return json.loads(json.dumps(dataclasses.asdict(recipe), default=str))
-
-
-def _files(names: list[str]) -> str:
-    first = ", ".join(Path(n).name for n in names[:2])
-    return first + (f" and {len(names) - 2} more files" if len(names) > 2 else "")
-
-
-def _result(record: dict[str, Any]) -> str:
-    t, e = record["totals"], record["eval"]
-
-    def shown(part: str) -> str:
-        loss = (e.get(part) or {}).get("loss")
-        return "?" if loss is None else f"{loss:.4f}"
-
-    return (
-        f"{t['tokens_per_second']:,.0f} tokens/s, held-out loss {shown('before')} -> {shown('after')},"
-        f" {t['train_seconds']:,.0f} s, peak memory {t['peak_memory_mb'] / 1024:.1f} GiB"
-    )
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
