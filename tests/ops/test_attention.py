@@ -132,7 +132,7 @@ def test_dropout_is_left_to_naive_and_heads_must_fit():
 def test_gradients_pass_torch_library_checks():
     q, k, v, _ = _inputs(1, 2, 1, 70, 4, torch.float32)
     q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
-    bounds = attention.cpu._bounds(None, True, 70)
+    bounds = attention.cpu._bounds(None, True, 70, 64)
     torch.library.opcheck(attention.cpu._forward, (q, k, v, None, bounds, 0.5, True, 0))
 
 

@@ -3,7 +3,7 @@
 The obvious alternative, PyTorch's flash SDPA, takes 105 ms of one core forwards + backwards at B 4, H 9 (G 3), T 512,
 d 64 in bf16, because its many small GEMMs miss oneDNN's fast path and because grouped heads are repeated first; this
 takes 34 ms (with packed documents 107 and 21; in fp32 114 and 86; at B 1, H 32, T 2048 745 and 460).
-A block of 64 queries sees only the keys it may see: up to its diagonal, or what the mask allows any of its rows.
+A block of queries sees only the keys it may see: up to its diagonal, or what the mask allows any of its rows.
 Scores are rounded to the input dtype and softmaxed in fp32 registers, as in transformers' eager attention.
 Probabilities are kept for the backward pass up to 8 MiB per call, where that is 20 % faster (21 against 27 ms, packed);
 above, fresh pages cost as much as recomputing them.
@@ -21,7 +21,8 @@ from fallow.ops.attention.naive import allowed_of
 
 name = "cpu"
 
-_BLOCK = 64
+_ROWS = 256  # query rows of one GEMM: under 256, 32 KV heads of 2,048 keys spend 1.2 s copying keys instead of 0.3 s
+_MIN_BLOCK = 64
 _KEEP_BYTES = 8 << 20
 
 
@@ -51,55 +52,59 @@ def usable(q_BHTd: Tensor, k_BGTd: Tensor, v_BGTd: Tensor, mask: Tensor | None, 
     return True, ""
 
 
-def _blocks(n_tokens: int) -> list[tuple[int, int]]:
-    return [(t, min(t + _BLOCK, n_tokens)) for t in range(0, n_tokens, _BLOCK)]
+def _block(q_BHTd: Tensor, k_BGTd: Tensor) -> int:
+    """Tokens per block: the query heads of a group are rows of one GEMM, so few of them call for more tokens."""
+    return max(_MIN_BLOCK, _ROWS * k_BGTd.shape[1] // q_BHTd.shape[1])
+
+
+def _blocks(n_tokens: int, block: int) -> list[tuple[int, int]]:
+    return [(t, min(t + block, n_tokens)) for t in range(0, n_tokens, block)]
 
 
 @torch.library.custom_op("fallow::attention_key_bounds", mutates_args=(), device_types="cpu")
-def _key_bounds(mask: Tensor, causal: bool) -> Tensor:
-    """int64 [blocks, 2]: the first key that any query of the block may see, and one past the last (0, 0: none)."""
+def _key_bounds(mask: Tensor, causal: bool, block: int) -> Tensor:
+    """int64 [blocks, 4]: the block's queries, first and one past the last; the keys that any of them may see, likewise
+    (0, 0: none)."""
     allowed_TT = allowed_of(mask[:, 0]).any(0)
     if causal:
         allowed_TT = allowed_TT.tril()
-    bounds = torch.zeros(len(_blocks(mask.shape[2])), 2, dtype=torch.int64)
-    for i, (start, end) in enumerate(_blocks(mask.shape[2])):
-        seen = allowed_TT[start:end].any(0).nonzero()
-        if len(seen):
-            bounds[i, 0], bounds[i, 1] = seen[0, 0], seen[-1, 0] + 1
-    return bounds
+    bounds = []
+    for start, end in _blocks(mask.shape[2], block):
+        seen = allowed_TT[start:end].any(0).nonzero().flatten().tolist()
+        bounds.append((start, end, seen[0], seen[-1] + 1) if seen else (start, end, 0, 0))
+    return torch.tensor(bounds, dtype=torch.int64)
 
 
 @_key_bounds.register_fake
-def _(mask: Tensor, causal: bool) -> Tensor:
-    return mask.new_empty((len(_blocks(mask.shape[2])), 2), dtype=torch.int64)
+def _(mask: Tensor, causal: bool, block: int) -> Tensor:
+    return mask.new_empty((len(_blocks(mask.shape[2], block)), 4), dtype=torch.int64)
 
 
 _bounds_of_masks = WeakTensorKeyDictionary()
 """mask -> (its version, causal, bounds): all layers of a model are given the same mask, which is read once."""
 
 
-def _bounds(mask: Tensor | None, causal: bool, n_tokens: int) -> Tensor:
+def _bounds(mask: Tensor | None, causal: bool, n_tokens: int, block: int) -> Tensor:
     if mask is None:
-        return torch.tensor([(0, end if causal else n_tokens) for _, end in _blocks(n_tokens)])
+        return torch.tensor([(s, e, 0, e if causal else n_tokens) for s, e in _blocks(n_tokens, block)])
     if torch.compiler.is_compiling() or mask.is_inference():
-        return _key_bounds(mask, causal)
-    key = (mask._version, causal)
+        return _key_bounds(mask, causal, block)
+    key = (mask._version, causal, block)
     found = _bounds_of_masks.get(mask)
     if found is None or found[0] != key:
-        found = (key, _key_bounds(mask, causal))
+        found = (key, _key_bounds(mask, causal, block))
         _bounds_of_masks[mask] = found
     return found[1]
 
 
-def _kept_numel(q_BHTd: Tensor, bounds: Tensor, causal: bool) -> int:
+def _kept_numel(q_BHTd: Tensor, bounds: Tensor, causal: bool, block: int) -> int:
     """Size of the probabilities of all blocks; while compiling an upper bound (pages never written cost nothing)."""
     batch, n_heads, n_tokens, _ = q_BHTd.shape
-    blocks = _blocks(n_tokens)
     if torch.compiler.is_compiling():
-        seen = [end if causal else n_tokens for _, end in blocks]
+        seen = [(end - start) * (end if causal else n_tokens) for start, end in _blocks(n_tokens, block)]
     else:
-        seen = [k1 - k0 for k0, k1 in bounds.tolist()]
-    return batch * n_heads * sum((end - start) * keys for (start, end), keys in zip(blocks, seen, strict=True))
+        seen = [(end - start) * (k1 - k0) for start, end, k0, k1 in bounds.tolist()]
+    return batch * n_heads * sum(seen)
 
 
 def _bias(
@@ -166,7 +171,7 @@ def _forward(
     kept = torch.empty(kept_numel, dtype=q_BHTd.dtype)
     k, v = (x.reshape(batch * n_groups, n_tokens, width) for x in (k_BGTd, v_BGTd))
     used = 0
-    for (start, end), (k0, k1) in zip(_blocks(n_tokens), bounds.tolist(), strict=True):
+    for start, end, k0, k1 in bounds.tolist():
         target = _grouped(out_BHTd, n_groups, start, end)
         if k1 == k0:
             target.zero_()
@@ -217,7 +222,7 @@ def _backward(
     dk, dv = (torch.zeros(batch * n_groups, n_tokens, width) for _ in range(2))
     k, v = (x.reshape(batch * n_groups, n_tokens, width) for x in (k_BGTd, v_BGTd))
     used = 0
-    for (start, end), (k0, k1) in zip(_blocks(n_tokens), bounds.tolist(), strict=True):
+    for start, end, k0, k1 in bounds.tolist():
         target = _grouped(dq_BTHd.transpose(1, 2), n_groups, start, end)
         if k1 == k0:
             target.zero_()
@@ -283,8 +288,9 @@ def attention(
 ) -> Tensor:
     """softmax(scale · q kᵀ + mask) v, [B, H, T, d] (stored as [B, T, H, d]); dropout must be 0."""
     wants_grad = torch.is_grad_enabled() and (q_BHTd.requires_grad or k_BGTd.requires_grad or v_BGTd.requires_grad)
-    bounds = _bounds(mask, causal, q_BHTd.shape[2])
-    kept_numel = _kept_numel(q_BHTd, bounds, causal) if wants_grad else 0
+    block = _block(q_BHTd, k_BGTd)
+    bounds = _bounds(mask, causal, q_BHTd.shape[2], block)
+    kept_numel = _kept_numel(q_BHTd, bounds, causal, block) if wants_grad else 0
     if kept_numel * q_BHTd.element_size() > _KEEP_BYTES:
         kept_numel = 0
     return _forward(q_BHTd, k_BGTd, v_BGTd, mask, bounds, scale, causal, kept_numel)[0].transpose(1, 2)

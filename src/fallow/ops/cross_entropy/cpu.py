@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fallow.ops import native
+from fallow.ops import native, reuse
 
 name = "native"
 
@@ -55,7 +55,7 @@ def forward(logits_NV: Tensor, labels_N: Tensor, ignore_index: int) -> tuple[Ten
 
 def backward(logits_NV: Tensor, labels_N: Tensor, lse_N: Tensor, scale: Tensor, ignore_index: int) -> Tensor:
     """`scale` × (softmax − onehot) in the logits' dtype, [N, V]; rows of ignored labels are zero."""
-    grad_NV = torch.empty_like(logits_NV, memory_format=torch.contiguous_format)
+    grad_NV = reuse.empty_like(logits_NV, "cross_entropy")
     n, width = logits_NV.shape
     native.library().fallow_cross_entropy_backward(
         logits_NV.data_ptr(),

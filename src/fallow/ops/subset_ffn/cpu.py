@@ -82,12 +82,15 @@ def _hidden(pre: Tensor, act: str, gated: bool) -> Tensor:
     return activation(pre[:, :K], act).mul_(pre[:, K:])
 
 
-def _activation_backward(grad: Tensor, z: Tensor, act: str) -> Tensor:
+def _activation_backward(grad: Tensor, z: Tensor, act: str, out: Tensor) -> None:
+    """out = grad · act'(z)."""
     if act == "silu":
-        return torch.ops.aten.silu_backward(grad, z)
-    if act == "relu":
-        return torch.ops.aten.threshold_backward(grad, z, 0)
-    return torch.ops.aten.gelu_backward(grad, z, approximate="tanh" if act == "gelu_tanh" else "none")
+        torch.ops.aten.silu_backward.grad_input(grad, z, grad_input=out)
+    elif act == "relu":
+        torch.ops.aten.threshold_backward.grad_input(grad, z, 0, grad_input=out)
+    else:
+        approximate = "tanh" if act == "gelu_tanh" else "none"
+        torch.ops.aten.gelu_backward.grad_input(grad, z, approximate=approximate, grad_input=out)
 
 
 def _groups(x: Tensor, idx: Tensor | None) -> list[tuple[slice, Tensor | None]]:
@@ -177,10 +180,11 @@ def _backward(
             a = activation(gate, act)
             dz = torch.empty_like(z)
             torch.mul(dh, a, out=dz[:, K:])
-            dz[:, :K] = _activation_backward(dh.mul_(up), gate, act)
+            _activation_backward(dh.mul_(up), gate, act, dz[:, :K])
             h = a.mul_(up)
         else:
-            h, dz = activation(z, act), _activation_backward(dh, z, act)
+            h, dz = activation(z, act), torch.empty_like(z)
+            _activation_backward(dh, z, act, dz)
         if need_dx:
             torch.mm(dz, _gather_in(w_gate, w_up, kept), out=dx[tokens])
         if need_dw:

@@ -1,0 +1,28 @@
+"""A large CPU buffer kept from one step to the next, handed out again only when nobody else holds it.
+
+glibc maps and unmaps every allocation above 32 MiB, so a fresh 200 MB logit gradient costs its page faults at every
+step (measured: 280 ms against 45 ms of arithmetic). PyTorch caches freed memory on GPUs, not on CPUs. Memory held: the largest
+buffer asked for per use, dtype and device, until the process ends.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_held: dict[tuple[str, torch.dtype], Tensor] = {}
+_OURS = 2  # what the held tensor and the storage object made to ask count
+
+
+def empty_like(x: Tensor, use: str) -> Tensor:
+    """Uninitialised, contiguous, x's shape and dtype. `use` names the caller; other devices take torch's allocator."""
+    if x.device.type != "cpu":
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
+    flat = _held.get((use, x.dtype))
+    if flat is None or flat.numel() < x.numel() or _in_use(flat):
+        flat = _held[use, x.dtype] = torch.empty(x.numel(), dtype=x.dtype)
+    return flat[: x.numel()].view(x.shape)
+
+
+def _in_use(flat: Tensor) -> bool:
+    return torch._C._storage_Use_Count(flat.untyped_storage()._cdata) > _OURS
