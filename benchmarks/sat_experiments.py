@@ -101,7 +101,7 @@ def run_seeds(options: argparse.Namespace) -> int:
     recipe = load_file(RECIPES / f"{name}.yaml")
     flags: Record = {"output": options.output}
     if options.steps is not None:
-        flags |= {"steps": options.steps, "eval_every": max(1, options.steps // 10)}
+        flags |= {"steps": options.steps, "eval_every": max(1, options.steps // 3)}
     command = " ".join(["python", "benchmarks/sat_experiments.py", *map(str, sys.argv[1:])])
     display = Display()
     planned = [
@@ -110,7 +110,7 @@ def run_seeds(options: argparse.Namespace) -> int:
         for file in one_at_a_time(recipe, seed, options.arms, options.data, backwards=turn % 2 == 1)
     ]
     for arms in planned:
-        result, report = compare(arms, command=command, display=display)
+        result, report = compare(arms, command=command, display=display, write_report=write_report)
         (Path(options.output) / name / "compare.json").unlink(missing_ok=True)  # of these arms only
         if not options.keep_weights:
             for arm, settings in arms.items():

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from fallow.errors import FallowError as FallowError
-    from fallow.methods.sat import SAT as SAT
     from fallow.handle import sparsify as sparsify
+    from fallow.methods.sat import SAT as SAT
     from fallow.training.callback import SparsityCallback as SparsityCallback
 
 __version__ = "0.1.0"

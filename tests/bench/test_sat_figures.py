@@ -157,7 +157,7 @@ def test_recipes_resolve_into_arms_per_seed(name: str) -> None:
     resolved = [resolve_arms(file, {"steps": 40}) for file in files]
     assert [list(arms)[-1] for arms in resolved] == [f"{arm}-s3" for arm in recipe["arms"]]
     sat = resolved[1]["sat-50-s3"]
-    assert (sat.seed, sat.steps, sat.method_settings["seed"], sat.method_settings["lazy"]) == (3, 40, 3, True)
+    assert (sat.seed, sat.steps, sat.method_settings["seed"], sat.method_settings["lazy"]) == (3, 40, 3, False)
     assert [Path(p).name for p in sat.train_data] == [Path(p).name for p in recipe["train_data"]]
     short = resolved[-1]
     assert set(short) == {"dense-s3", "sat-50-s3", "dense-short-s3"}

@@ -76,7 +76,11 @@ def test_two_ranks_equal_one(index, lazy, tmp_path):
 
     ranks = [torch.load(tmp_path / f"rank{r}.pt") for r in range(2)]
     for r in ranks:
-        assert all(torch.equal(a, b) for s, t in zip(chosen, r["chosen"], strict=True) for a, b in zip(s, t, strict=True))
+        assert all(
+            torch.equal(a, b) for s, t in zip(chosen, r["chosen"], strict=True) for a, b in zip(s, t, strict=True)
+        )
     for name, p in model.named_parameters():
         assert torch.equal(ranks[0]["weights"][name], ranks[1]["weights"][name]), name
-        torch.testing.assert_close(ranks[0]["weights"][name], p, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            ranks[0]["weights"][name], p, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )

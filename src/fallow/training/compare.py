@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +48,14 @@ def resolve_arms(file: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str,
 
 
 def compare(
-    arms: dict[str, Recipe], *, command: str, display: Display, overwrite: bool = False
+    arms: dict[str, Recipe],
+    *,
+    command: str,
+    display: Display,
+    write_report: Callable[[list[Path], Path], Path],
+    overwrite: bool = False,
 ) -> tuple[dict[str, Any], Path | None]:
-    """Run what is not finished, compare, and write the report.
+    """Run what is not finished, compare, and write the report with `write_report(run folders, file)`.
 
     Returns:
         (compare.json as written, path of report.html); (the rows so far, None) when Ctrl-C stopped it.
@@ -73,8 +78,6 @@ def compare(
     curves = {name: _curve(folder_of(arms[name], name)) for name in arms}
     result = table(some.name, {name: records[name] for name in arms}, curves, _baseline(arms))
     write_atomically(parent / "compare.json", (json.dumps(result, indent=1) + "\n").encode())
-    from fallow.report import write_report
-
     return result, write_report([folder_of(r, name).path for name, r in arms.items()], parent / "report.html")
 
 

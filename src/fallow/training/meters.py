@@ -1,9 +1,9 @@
 """What a run measures: where its seconds go, and its memory.
 
 `train_seconds` is time inside optimizer steps (data, forward, backward, optimizer), never evaluation, checkpoints or
-start-up; tokens per second come from the *median* step, the first left out, because the first step allocates and one
-hiccup of the machine should not decide a comparison. Phases are exclusive: time in an inner phase is not counted in the
-outer one. Phases on a GPU are host time; only whole steps are synchronised.
+start-up; tokens per second leave the first step out, because it allocates. A median step would be steadier, but it
+hides what a ladder's denser last steps cost. Phases are exclusive: time in an inner phase is not counted in the outer
+one. Phases on a GPU are host time; only whole steps are synchronised.
 """
 
 from __future__ import annotations
@@ -104,11 +104,11 @@ class Meters:
         return self.steps * self.tokens_per_step
 
     def tokens_per_second(self, last: int | None = None) -> float:
-        """From the median step of all warm ones, or of the `last` few; 0 before the second step."""
+        """Over all steps but the first, a ladder's slower last steps included; or from the median of the `last` few."""
         times = self.step_seconds[-last:] if last else self.step_seconds
         if not times:
             return self.tokens / self.train_seconds if self.train_seconds else 0.0
-        return self.tokens_per_step / statistics.median(times)
+        return self.tokens_per_step / (statistics.median(times) if last else statistics.fmean(times))
 
     def totals(self) -> dict[str, float]:
         """`totals` of run.json."""

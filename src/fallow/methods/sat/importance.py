@@ -73,7 +73,8 @@ def magnitude(unit: UnitInput) -> Tensor:
 def wanda(unit: UnitInput) -> Tensor:
     """Input norm times weight, |W|·‖x‖ (Wanda's score), as the L2 norm over the unit's input weights."""
     x_D = torch.linalg.vector_norm(unit.x_SD, dim=0, dtype=torch.float32)
-    return sum(_per_unit((w.float() * x_D).square_().sum(1), unit.n_units) for w in unit.w_in).sqrt_()
+    parts = [_per_unit((w.float() * x_D).square_().sum(1), unit.n_units) for w in unit.w_in]
+    return torch.stack(parts).sum(0).sqrt_()
 
 
 def maxip(unit: UnitInput) -> Tensor:

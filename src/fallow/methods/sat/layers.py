@@ -68,6 +68,8 @@ class SparseFFN(Selector):
         self.view = view
         self.active = False  # set by the method: training, in sparse mode, rate above 0
         self.dense_mask_N: Tensor | None = None  # tokens of this micro-batch that pass through every channel
+        # torch types `disable` as a decorator factory too
+        self._select: Callable[[Tensor], None] = torch.compiler.disable(self._select_now)  # pyright: ignore[reportAttributeAccessIssue]
         view.install(self.forward)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
@@ -75,7 +77,7 @@ class SparseFFN(Selector):
             return self.view.dense(x_BTD)
         x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
         if self.pending:
-            self.select(x_BTD)
+            self._select(x_BTD)
         if self.dense_mask_N is None:
             return self._run(x_ND, self.kept).view(x_BTD.shape)
         return self._split(x_ND).view(x_BTD.shape)
@@ -110,9 +112,8 @@ class SparseFFN(Selector):
         order = torch.cat([dense_n, sparse_n])
         return torch.empty_like(x_ND).index_copy(0, order, torch.cat(parts))
 
-    @torch.compiler.disable
     @torch.no_grad()
-    def select(self, x_BTD: Tensor) -> None:
+    def _select_now(self, x_BTD: Tensor) -> None:
         began = time.perf_counter()
         w = self.view.weights()
         F = self.view.n_channels
@@ -147,7 +148,7 @@ class SparseAttention(Selector):
         super().__init__(config, importance, view.layer, salt=1)
         self.view = view
         self.gate = view.install()
-        self.gate.on_input = self._on_input
+        self.gate.on_input = torch.compiler.disable(self._on_input)  # pyright: ignore[reportAttributeAccessIssue]
         self.per_group = view.n_heads // view.n_kv_heads
         self.n_units = view.n_kv_heads if config.head_unit == "group" else self.per_group
         self.running = False
@@ -175,7 +176,6 @@ class SparseAttention(Selector):
         groups = torch.arange(kv, device=kept.device)
         return (groups[:, None] * self.per_group + kept).flatten(), groups
 
-    @torch.compiler.disable
     @torch.no_grad()
     def _on_input(self, x_BTD: Tensor) -> None:
         if not (self.running and self.pending):
