@@ -147,7 +147,10 @@ def _row(case: Case, dtype: torch.dtype, config: SAT, *, rounds: int, compiled: 
         "dense/sdpa": _dense_form(case, dtype, ids, fast=False, compiled=False),
         "dense/fallow_cpu": _dense_form(case, dtype, ids, fast=True, compiled=False),
     }
-    sparse = {"sparse/fallow_cpu": _sparse_form(case, dtype, ids, config, fast=True, compiled=False)}
+    sparse = {
+        "sparse/sdpa": _sparse_form(case, dtype, ids, config, fast=False, compiled=False),
+        "sparse/fallow_cpu": _sparse_form(case, dtype, ids, config, fast=True, compiled=False),
+    }
     if compiled:
         forms["dense/compiled"] = _dense_form(case, dtype, ids, fast=True, compiled=True)
         sparse["sparse/compiled"] = _sparse_form(case, dtype, ids, config, fast=True, compiled=True)
