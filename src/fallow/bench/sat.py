@@ -230,9 +230,8 @@ def run(
     for name in cases or CASES:
         for rate in rates:
             config = SAT(omit=rate, heads=rate, ladder=0, lazy=lazy)
-            n = rounds or (
-                4 if quick else 8
-            )  # whole refresh intervals, so that choosing is counted as often as it happens
+            # whole refresh intervals, so that choosing is counted as often as it happens
+            n = rounds or (4 if quick else 8)
             rows.append(_row(CASES[name], torch.bfloat16, config, rounds=n, compiled=compiled and not quick))
             gc.collect()
     return {
