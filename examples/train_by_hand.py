@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="folder or hub name")
     parser.add_argument("--text", required=True, type=Path, help="a UTF-8 text file")
     parser.add_argument("--out", required=True, type=Path, help="folder for the adapted model")
-    parser.add_argument("--omit", type=float, default=0.5, help="share of FFN channels skipped per step")
+    parser.add_argument("--omit", type=float, default=0.75, help="share of FFN channels omitted per step")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=512)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import io
-import os
-import tempfile
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 from fallow.errors import CheckpointError, ConfigError
 from fallow.optim import AdamW, LazyRows, adamw_for
+from tests.ranks import run_ranks
 from tests.tiny_models import tiny_batch, tiny_model
 
 SETTINGS = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
@@ -196,40 +194,29 @@ def _train_small(model, optimizer, steps):
         optimizer.step()
 
 
-def _sharded_worker(rank, path, port):
+def _sharded_worker(rank, path):
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
     from torch.distributed.fsdp import fully_shard
 
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
-    try:
-        model = _small_model()
-        fully_shard(model)
-        optimizer = adamw_for(model, lr=1e-2, weight_decay=0.1, lazy=_lazy_for_sharding)
-        _train_small(model, optimizer, range(4))
-        state = get_optimizer_state_dict(model, optimizer)
-        optimizer = adamw_for(model, lr=1e-2, weight_decay=0.1, lazy=_lazy_for_sharding)
-        set_optimizer_state_dict(model, optimizer, state)
-        _train_small(model, optimizer, range(4, 8))
-        whole = {n: p.full_tensor() for n, p in model.state_dict().items()}
-        if rank == 0:
-            torch.save(whole, path)
-    finally:
-        torch.distributed.destroy_process_group()
+    model = _small_model()
+    fully_shard(model)
+    optimizer = adamw_for(model, lr=1e-2, weight_decay=0.1, lazy=_lazy_for_sharding)
+    _train_small(model, optimizer, range(4))
+    state = get_optimizer_state_dict(model, optimizer)
+    optimizer = adamw_for(model, lr=1e-2, weight_decay=0.1, lazy=_lazy_for_sharding)
+    set_optimizer_state_dict(model, optimizer, state)
+    _train_small(model, optimizer, range(4, 8))
+    whole = {n: p.full_tensor() for n, p in model.state_dict().items()}
+    if rank == 0:
+        torch.save(whole, path)
 
 
-def test_two_ranks_equal_one():
+def test_two_ranks_equal_one(tmp_path):
     """FSDP2 with uneven shards (7 rows on 2 ranks), bf16 masters, lazy rows, a state dict round trip in the middle."""
-    import socket
-
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
     model = _small_model()
     _train_small(model, adamw_for(model, lr=1e-2, weight_decay=0.1, lazy=_lazy_for_sharding), range(8))
-    with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "weights.pt")
-        mp.spawn(_sharded_worker, args=(path, port), nprocs=2)
-        sharded = torch.load(path)
+    path = tmp_path / "weights.pt"
+    run_ranks(_sharded_worker, str(path), folder=tmp_path)
+    sharded = torch.load(path)
     for name, expected in model.state_dict().items():
         assert torch.allclose(sharded[name].float(), expected.float(), rtol=2**-8, atol=1e-3), name

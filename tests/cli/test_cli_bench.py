@@ -38,8 +38,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Replaces the measurement by RESULT and keeps what it was asked."""
     kept: dict[str, Any] = {}
 
-    def run(cases: list[str] | None = None, *, quick: bool = False) -> dict[str, Any]:
-        kept.update(cases=cases, quick=quick)
+    def run(**options: Any) -> dict[str, Any]:
+        kept.update(options)
         return RESULT
 
     monkeypatch.setattr(sat, "run", run)
@@ -49,7 +49,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 def test_json_is_one_object_with_the_figures(asked: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["bench", "sat", "--json", "--case", "1b-layer", "--case", "7b-layer", "--quick"]) == 0
     assert json.loads(capsys.readouterr().out) == RESULT
-    assert asked == {"cases": ["1b-layer", "7b-layer"], "quick": True}
+    assert asked == {"cases": ["1b-layer", "7b-layer"], "quick": True, "omit_in": "forward+backward"}
 
 
 def test_table_shows_the_figures(
@@ -61,11 +61,11 @@ def test_table_shows_the_figures(
     for figure in ("1b-layer", "2,048", "1,234.5", "700.2", "1.76×", "1.90×", "93%", "cpu"):
         assert figure in shown
     assert "break-even 1b-layer: faster above omit 0.07" in shown
-    assert asked == {"cases": None, "quick": False}
+    assert asked == {"cases": None, "quick": False, "omit_in": "forward+backward"}
 
 
 def test_red_gate_prints_no_figure(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def red(cases: list[str] | None = None, *, quick: bool = False) -> dict[str, Any]:
+    def red(**_options: Any) -> dict[str, Any]:
         raise GateError("subset_ffn[cpu] dx differs by 0.3")
 
     monkeypatch.setattr(sat, "run", red)
@@ -79,6 +79,13 @@ def test_unknown_names_are_bad_use(capsys: pytest.CaptureFixture[str]) -> None:
     assert "invalid choice: 'sta'" in capsys.readouterr().err
     assert cli.main(["bench", "sat", "--case", "nowhere"]) == 2
     assert "nowhere" in capsys.readouterr().err
+    assert cli.main(["bench", "sat", "--omit-in", "nothing"]) == 2
+    assert "'weight_grad'" in capsys.readouterr().err
+
+
+def test_rates_and_passes_are_asked_for(asked: dict[str, Any]) -> None:
+    assert cli.main(["bench", "sat", "--omit", "0.5", "--omit", "0.75", "--omit-in", "weight_grad"]) == 0
+    assert asked == {"cases": None, "quick": False, "omit_in": "weight_grad", "rates": (0.5, 0.75)}
 
 
 def test_break_even_lines_say_when_there_is_none() -> None:

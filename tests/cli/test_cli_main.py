@@ -144,6 +144,12 @@ def test_every_verb_has_help(capsys, name: str) -> None:
     assert f"fallow {name}" in shown and err == ""
 
 
+@pytest.mark.parametrize("name", ["train", "compare"])
+def test_help_is_help_after_a_recipe_too(capsys, name: str) -> None:
+    assert cli.main([name, "recipe.yaml", "--help"]) == 0
+    assert f"fallow {name}" in capsys.readouterr().out
+
+
 def test_bad_flag_is_one_line_and_exit_2(capsys) -> None:
     assert cli.main(["doctor", "--jsno"]) == 2
     assert "unrecognized arguments: --jsno; see `fallow doctor --help`" in one_line(capsys)

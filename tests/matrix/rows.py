@@ -27,6 +27,8 @@ class Row:
     """The same method at zero sparsity."""
     reference: Callable[[Method, nn.Module], AbstractContextManager]
     """(handle after a step, stock copy of the model) -> context in which the copy computes that step with masks."""
+    exact_loss: bool = False
+    """The training loss is the dense one; only gradients are omitted."""
 
 
 def sat_reference(handle: Any, stock: nn.Module) -> AbstractContextManager:
@@ -53,17 +55,44 @@ def sat_reference(handle: Any, stock: nn.Module) -> AbstractContextManager:
     return stack
 
 
+def sat_weight_grad_reference(handle: Any, stock: nn.Module) -> AbstractContextManager:
+    """Masks on the gradients of a stock model's channel parameters."""
+    stack = ExitStack()
+    for sparse, view in zip(handle.ffns, anatomy.inspect(stock).ffns, strict=True):
+        for where in view.parameters_along_channels():
+            kept = torch.cat([sparse.kept + s * view.n_channels for s in range(where.segments)])
+            shape = [-1 if d == where.dim else 1 for d in range(where.parameter.dim())]
+            mask = torch.zeros(where.parameter.shape[where.dim]).index_fill(0, kept, 1).view(shape)
+            stack.callback(where.parameter.register_hook(lambda grad, mask=mask: grad * mask).remove)
+    return stack
+
+
 ROWS = (
     Row(
         "sat",
-        lambda: SAT(omit=0.5, heads=0.5, ladder=0, refresh_every=2, sample_tokens=4096),
-        lambda: SAT(omit=0.0, heads=0.0),
+        lambda: SAT(omit=0.5, heads=0.5, omit_in="forward+backward", ladder=0, refresh_every=2, sample_tokens=4096),
+        lambda: SAT(omit=0.0, heads=0.0, omit_in="forward+backward"),
         sat_reference,
     ),
     Row(
         "sat-query-heads-sampled",
-        lambda: SAT(omit=0.3, heads=0.5, head_unit="query", selection="sample", ladder=0, sample_tokens=4096),
+        lambda: SAT(
+            omit=0.3,
+            heads=0.5,
+            head_unit="query",
+            selection="sample",
+            omit_in="forward+backward",
+            ladder=0,
+            sample_tokens=4096,
+        ),
         lambda: SAT(omit=0.0, heads=0.0, head_unit="query"),
         sat_reference,
+    ),
+    Row(
+        "sat-weight-grad",
+        lambda: SAT(omit=0.5, heads=0.0, omit_in="weight_grad", ladder=0, refresh_every=2, sample_tokens=4096),
+        lambda: SAT(omit=0.0, heads=0.0, omit_in="weight_grad"),
+        sat_weight_grad_reference,
+        exact_loss=True,
     ),
 )

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import socket
-
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 from tests.matrix.rows import ROWS
+from tests.ranks import run_ranks
 from tests.tiny_models import tiny_model
 
 STEPS = 4
@@ -33,10 +30,7 @@ def train(model, handle, optimizer, rows: slice) -> list[list[torch.Tensor]]:
     return chosen
 
 
-def worker(rank: int, port: int, index: int, lazy: bool, out: str) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+def worker(rank: int, index: int, lazy: bool, out: str) -> None:
     from torch.distributed.fsdp import fully_shard
 
     import fallow
@@ -50,7 +44,6 @@ def worker(rank: int, port: int, index: int, lazy: bool, out: str) -> None:
     chosen = train(model, handle, optimizer, slice(2 * rank, 2 * rank + 2))
     weights = {n: p.full_tensor().detach().clone() for n, p in model.named_parameters()}
     torch.save({"weights": weights, "chosen": chosen}, f"{out}/rank{rank}.pt")
-    torch.distributed.destroy_process_group()
 
 
 def config_of(index: int, lazy: bool):
@@ -65,10 +58,7 @@ def config_of(index: int, lazy: bool):
 def test_two_ranks_equal_one(index, lazy, tmp_path):
     import fallow
 
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    mp.start_processes(worker, (port, index, lazy, str(tmp_path)), nprocs=2, start_method="spawn")
+    run_ranks(worker, index, lazy, str(tmp_path), folder=tmp_path)
 
     model = tiny_model("llama").train()
     handle = fallow.sparsify(model, config_of(index, lazy))

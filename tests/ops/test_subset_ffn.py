@@ -67,7 +67,7 @@ def assert_same(got, want, tolerance):
     gated=st.booleans(),
     biased=st.booleans(),
     act=st.sampled_from(ACTIVATIONS),
-    omit_in=st.sampled_from(["forward+backward", "backward"]),
+    omit_in=st.sampled_from(["forward+backward", "backward", "weight_grad"]),
     sequences=st.sampled_from([0, 2]),
     data=st.data(),
 )
@@ -84,7 +84,7 @@ def test_cpu_equals_naive_fp32(T, D, F, gated, biased, act, omit_in, sequences, 
     assert_same(run(t, idx, "cpu", act, omit_in, dy), want, 2e-5)
 
 
-@pytest.mark.parametrize("omit_in", ["forward+backward", "backward"])
+@pytest.mark.parametrize("omit_in", ["forward+backward", "backward", "weight_grad"])
 @pytest.mark.parametrize("act", ACTIVATIONS)
 def test_cpu_equals_naive_bf16_on_poisoned_buffers(act, omit_in, monkeypatch):
     poisoned_scratch(monkeypatch)
@@ -111,6 +111,21 @@ def test_backward_only_forward_is_the_dense_forward():
     dense = run(t, None, "naive", "silu", "forward+backward", torch.ones(16, 8))["y"]
     sparse = run(t, torch.arange(12), "cpu", "silu", "backward", torch.ones(16, 8))["y"]
     torch.testing.assert_close(sparse, dense, rtol=1e-5, atol=1e-6)
+
+
+def test_weight_grad_only_is_dense_but_for_omitted_weights():
+    t = make(16, 8, 24, torch.float32, gated=True, biased=True)
+    idx = torch.arange(0, 24, 3)
+    dense = run(t, None, "naive", "silu", "forward+backward", torch.ones(16, 8))
+    sparse = run(t, idx, "cpu", "silu", "weight_grad", torch.ones(16, 8))
+    for name, value in dense.items():
+        if name in ("y", "dx", "db_down"):
+            assert torch.allclose(sparse[name], value, atol=1e-6), name
+            continue
+        got, want = (v.t() if name == "dw_down" else v for v in (sparse[name], value))
+        kept = torch.zeros(24, dtype=torch.bool).index_fill(0, idx, True)
+        assert torch.allclose(got[kept], want[kept], atol=1e-5), name
+        assert torch.count_nonzero(got[~kept]) == 0, name
 
 
 def test_backward_only_saves_only_kept_activations():
@@ -146,10 +161,11 @@ def test_compiles_as_one_graph():
     torch.testing.assert_close(got, want)
 
 
-def test_registered_op_is_sound():
+@pytest.mark.parametrize("omit_in", ["forward+backward", "backward", "weight_grad"])
+def test_registered_op_is_sound(omit_in):
     t = make(6, 4, 12, torch.float32, gated=True, biased=True)
     args = [t[k].requires_grad_() for k in ("x", "w_up", "w_down")]
-    rest = (torch.arange(6), t["w_gate"], t["b_gate"], t["b_up"], t["b_down"], "silu", False)
+    rest = (torch.arange(6), t["w_gate"], t["b_gate"], t["b_up"], t["b_down"], "silu", omit_in)
     torch.library.opcheck(torch.ops.fallow.subset_ffn_cpu.default, (*args, *rest))
 
 

@@ -174,7 +174,7 @@ def assert_equal_to_naive(named, idx, *, variant, **options):
 
 @needs_kernels
 @pytest.mark.parametrize("variant", triton.VARIANTS)
-@pytest.mark.parametrize("omit_in", ["forward+backward", "backward"])
+@pytest.mark.parametrize("omit_in", ["forward+backward", "backward", "weight_grad"])
 @pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
 @pytest.mark.parametrize("act", ["silu", "gelu", "gelu_tanh", "relu"])
 def test_value_and_gradients(poisoned, act, gated, omit_in, variant):
@@ -199,7 +199,7 @@ def test_shapes(poisoned, T, D, F, K, variant):
 @pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
 def test_all_channels(poisoned, gated, variant):
     named = inputs(18, 20, 35, gated=gated, biases=False)
-    for omit_in in ("forward+backward", "backward"):
+    for omit_in in ("forward+backward", "backward", "weight_grad"):
         assert_equal_to_naive(named, None, act="silu", omit_in=omit_in, variant=variant)
 
 
@@ -214,7 +214,7 @@ def test_transposed_weights_keep_their_memory_order(poisoned, gated, variant):
 
 
 @needs_kernels
-@pytest.mark.parametrize("omit_in", ["forward+backward", "backward"])
+@pytest.mark.parametrize("omit_in", ["forward+backward", "backward", "weight_grad"])
 @pytest.mark.parametrize(
     "dtype, variant",
     [(torch.float16, "gather"), (torch.float16, "fused"), (torch.bfloat16, "gather")]
@@ -265,7 +265,11 @@ def test_registered_for_compile(variant):
     named = inputs(6, 10, 14)
     idx = chosen(14, 7)
     args = [named[k] for k in ("x_TD", "w_up_FD", "w_down_DF")] + [idx]
-    args += [named[k] for k in ("w_gate_FD", "b_gate_F", "b_up_F", "b_down_D")] + ["silu", False, variant == "fused"]
+    args += [named[k] for k in ("w_gate_FD", "b_gate_F", "b_up_F", "b_down_D")] + [
+        "silu",
+        "forward+backward",
+        variant == "fused",
+    ]
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(triton._forward, tuple(args), test_utils=checks)
 

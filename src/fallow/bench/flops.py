@@ -41,14 +41,15 @@ class Shape:
         kept_ffn: Sequence[float] | None = None,
         kept_heads: Sequence[float] | None = None,
         *,
-        dense_forward: bool = False,
+        omit_in: str = "forward+backward",
     ) -> float:
-        """FLOPs of forward and backward; `kept_*` are shares per layer, None is all. `dense_forward`: omitted in
-        backward only."""
+        """FLOPs of forward and backward; `kept_*` are shares per layer, None is all; `omit_in` as in `subset_ffn`."""
         kept_ffn = kept_ffn or [1.0] * self.layers
         kept_heads = kept_heads or [1.0] * self.layers
+        exact = {"forward+backward": 0, "backward": 1, "weight_grad": 2}[omit_in]  # of three passes over the FFN
         total = 3 * 2 * tokens * self.d_model * self.vocab
         for f, h in zip(kept_ffn, kept_heads, strict=True):
-            passes = (1 + 2 * f) if dense_forward else 3 * f
-            total += passes * self.ffn_flops(tokens, 1.0) + 3 * self.attention_flops(tokens, seq_len, h)
+            total += (exact + (3 - exact) * f) * self.ffn_flops(tokens, 1.0) + 3 * self.attention_flops(
+                tokens, seq_len, h
+            )
         return total

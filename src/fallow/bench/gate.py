@@ -1,19 +1,26 @@
-"""Correctness gates: a backend must match the naive truth in value and in every gradient before its speed is
-printed."""
+"""Correctness gates: a backend must match the naive truth in value and every gradient before its speed is printed."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from fallow.errors import GateError
-from fallow.ops import subset_ffn as op
+from fallow.ops import attention as attention_op
+from fallow.ops import subset_ffn as ffn_op
+from fallow.ops import subset_linear as linear_op
 from fallow.ops.subset_ffn import subset_ffn
+from fallow.ops.subset_linear import subset_linear
 
 # relative Frobenius error allowed, by dtype: fp32 sums in another order; bf16 rounds each intermediate (8 bits of
 # mantissa)
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
-NAMES = ("y", "dx", "dw_gate", "dw_up", "dw_down")
+DTYPES = (torch.float32, torch.bfloat16)
+
+Op = Callable[..., Tensor]
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:
@@ -22,45 +29,98 @@ def relative_error(got: Tensor, want: Tensor) -> float:
     return float("inf") if not torch.isfinite(error) else float(error)
 
 
-def _inputs(dtype: torch.dtype, device: str) -> tuple[list[Tensor], Tensor, Tensor]:
-    g = torch.Generator().manual_seed(7)
-    T, D, F, K = 77, 48, 112, 41  # ragged on purpose
-    sizes = ((T, D), (F, D), (F, D), (D, F), (T, D))
-    x, w_gate, w_up, w_down, dy = (torch.randn(s, generator=g, dtype=torch.float64) / s[-1] ** 0.5 for s in sizes)
-    idx = torch.randperm(F, generator=g)[:K].sort().values.to(device)
-    return [t.to(dtype).to(device) for t in (x, w_gate, w_up, w_down)], dy.to(dtype).to(device), idx
-
-
-def _run(tensors: list[Tensor], dy: Tensor, idx: Tensor, backend: str, act: str, omit_in: str) -> list[Tensor]:
-    x, w_gate, w_up, w_down = (t.detach().clone().requires_grad_() for t in tensors)
-    y = subset_ffn(x, w_up, w_down, idx, w_gate_FD=w_gate, act=act, omit_in=omit_in, backend=backend)
-    y.backward(dy)
-    return [y.detach(), *(t.grad for t in (x, w_gate, w_up, w_down) if t.grad is not None)]
+def check_all() -> dict[str, float]:
+    """Worst relative error of every op of a CPU training step, per backend and dtype. Raises GateError as the checks
+    do."""
+    return check_subset_ffn() | check_subset_linear() | check_attention()
 
 
 def check_subset_ffn(
-    *,
-    backend: str | None = None,
-    device: str = "cpu",
-    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16),
+    *, backend: str | None = None, device: str = "cpu", dtypes: tuple[torch.dtype, ...] = DTYPES
 ) -> dict[str, float]:
     """Worst relative error per dtype of `backend` (default: the one that would run). Raises GateError when one is too
     large."""
+    g = torch.Generator().manual_seed(7)
+    T, D, F, K = 77, 48, 112, 41  # ragged on purpose
+    idx = torch.randperm(F, generator=g)[:K].sort().values.to(device)
     worst: dict[str, float] = {}
     for dtype in dtypes:
-        tensors, dy, idx = _inputs(dtype, device)
-        exact = [t.double() for t in tensors]
-        chosen = backend or op._choose(tensors[0], idx, None).name
-        for act in op.ACTIVATIONS:
-            for omit_in in ("forward+backward", "backward"):
-                want = _run(exact, dy.double(), idx, "naive", act, omit_in)
-                got = _run(tensors, dy, idx, chosen, act, omit_in)
-                for name, a, b in zip(NAMES, got, want, strict=True):
-                    error = relative_error(a, b)
-                    if error > TOLERANCE[dtype]:
-                        raise GateError(
-                            f"subset_ffn/{chosen}: {name} differs from naive by {error:.1e}"
-                            f" ({dtype}, {act}, {omit_in}); {TOLERANCE[dtype]:.0e} is allowed; no speed is reported"
-                        )
-                    worst[f"{chosen}/{dtype}"] = max(worst.get(f"{chosen}/{dtype}", 0.0), error)
+        named = _random({"x": (T, D), "w_gate": (F, D), "w_up": (F, D), "w_down": (D, F)}, dtype, device, g)
+        chosen = backend or ffn_op._choose(named["x"], idx, None).name
+        for act in ffn_op.ACTIVATIONS:
+            for omit_in in ffn_op.OMIT_IN:
+
+                def op(x, w_gate, w_up, w_down, *, backend, act=act, omit_in=omit_in):
+                    return subset_ffn(x, w_up, w_down, idx, w_gate_FD=w_gate, act=act, omit_in=omit_in, backend=backend)
+
+                pair = partial(op, backend=chosen), partial(op, backend="naive")
+                _compare(f"subset_ffn/{chosen}", f"{act}, {omit_in}", *pair, named, dtype, worst)
     return worst
+
+
+def check_subset_linear(*, dtypes: tuple[torch.dtype, ...] = DTYPES) -> dict[str, float]:
+    """As `check_subset_ffn`, with kept blocks of rows and of columns."""
+    g = torch.Generator().manual_seed(8)
+    tokens, out, width, block = 45, 56, 64, 8
+    worst: dict[str, float] = {}
+    for dtype in dtypes:
+        for side, blocks, x_width in (("rows", out // block, width), ("cols", width // block, 3 * block)):
+            kept = {side: torch.randperm(blocks, generator=g)[:3].sort().values}
+            named = _random({"x": (tokens, x_width), "w": (out, width), "b": (out,)}, dtype, "cpu", g)
+            chosen = linear_op._choose(named["x"], None).name
+
+            def op(x, w, b, *, backend, kept=kept):
+                return subset_linear(x, w, b, kept.get("rows"), kept.get("cols"), block=block, backend=backend)
+
+            pair = partial(op, backend=chosen), partial(op, backend="naive")
+            _compare(f"subset_linear/{chosen}", side, *pair, named, dtype, worst)
+    return worst
+
+
+def check_attention(*, dtypes: tuple[torch.dtype, ...] = DTYPES) -> dict[str, float]:
+    """As `check_subset_ffn`, for fallow's CPU attention: causal, and with documents packed into one row."""
+    g = torch.Generator().manual_seed(9)
+    B, H, G, T, d = 2, 6, 2, 150, 16
+    document_T = (torch.arange(T) >= 60).int()
+    packed = (document_T[:, None] == document_T[None, :]).tril()[None, None]
+    worst: dict[str, float] = {}
+    for dtype in dtypes:
+        named = _random({"q": (B, H, T, d), "k": (B, G, T, d), "v": (B, G, T, d)}, dtype, "cpu", g)
+        for what, mask in (("causal", None), ("packed", packed)):
+            options = {"scale": 0.25, "mask": mask, "causal": mask is None}
+            fast = partial(attention_op.cpu.attention, **options, dropout=0.0)
+            slow = partial(attention_op.naive.attention, **options, dropout=0.0)
+            _compare("attention/cpu", what, fast, slow, named, dtype, worst)
+    return worst
+
+
+def _random(
+    shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, device: str, g: torch.Generator
+) -> dict[str, Tensor]:
+    drawn = {n: torch.randn(s, generator=g, dtype=torch.float64) / s[-1] ** 0.5 for n, s in shapes.items()}
+    return {n: t.to(dtype).to(device) for n, t in drawn.items()}
+
+
+def _compare(
+    who: str, how: str, op: Op, truth: Op, named: dict[str, Tensor], dtype: torch.dtype, worst: dict[str, float]
+) -> None:
+    """Raise GateError when value or gradients of `op` differ from `truth`'s in fp64; note the largest difference."""
+    got = _value_and_gradients(op, list(named.values()))
+    want = _value_and_gradients(truth, [t.double() for t in named.values()])
+    for name, a, b in zip(("y", *(f"d{n}" for n in named)), got, want, strict=True):
+        error = relative_error(a, b)
+        if error > TOLERANCE[dtype]:
+            raise GateError(
+                f"{who}: {name} differs from naive by {error:.1e} ({dtype}, {how}); {TOLERANCE[dtype]:.0e} is allowed;"
+                " no speed is reported"
+            )
+        key = f"{who}/{str(dtype).removeprefix('torch.')}"
+        worst[key] = max(worst.get(key, 0.0), error)
+
+
+def _value_and_gradients(op: Op, tensors: Sequence[Tensor]) -> list[Tensor]:
+    leaves = [t.detach().clone().requires_grad_() for t in tensors]
+    y = op(*leaves)
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    y.backward(dy.to(leaves[0].dtype).to(y.device).to(y.dtype))
+    return [y.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]

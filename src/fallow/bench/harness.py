@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 Step = Callable[[], object]
@@ -38,13 +38,18 @@ class Timing:
         return min((f for f in self.seconds if f.startswith(prefix)), key=self.median)
 
 
-def interleave(forms: dict[str, Step], *, rounds: int, warm_up: int = 1) -> Timing:
-    """Time each form once per round, after `warm_up` untimed rounds. Order turns round from one round to the next."""
+def interleave(
+    forms: Mapping[str, Step], *, rounds: int, warm_up: int = 1, prepare: Mapping[str, Step] | None = None
+) -> Timing:
+    """Time each form once per round, after `warm_up` untimed rounds. Order turns round from one round to the next.
+    What `prepare` has for a form is called before it, untimed."""
     timing = Timing({name: [] for name in forms})
     names = list(forms)
     gc.collect()
     for i in range(warm_up + rounds):
         for name in names if i % 2 == 0 else reversed(names):
+            if prepare and name in prepare:
+                prepare[name]()
             began = time.perf_counter()
             forms[name]()
             if i >= warm_up:

@@ -10,7 +10,6 @@ a sparse kernel differs from its naive truth.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +19,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, PreTrainedMo
 
 import fallow
 from fallow.bench.flops import Shape
-from fallow.bench.gate import check_subset_ffn
-from fallow.bench.harness import Step, interleave
+from fallow.bench.gate import check_all
+from fallow.bench.harness import interleave
 from fallow.errors import ConfigError
 from fallow.machine import describe
 from fallow.methods.sat import SAT
@@ -84,82 +83,78 @@ def build(case: Case, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
-def _step(
-    model: PreTrainedModel, optimizer: torch.optim.Optimizer, ids: torch.Tensor, before: Callable[[], None]
-) -> Step:
-    def step() -> None:
-        before()
-        optimizer.zero_grad()
-        if hasattr(model, "lm_head"):
-            model(input_ids=ids, labels=ids).loss.backward()
-        else:
-            # the gradient a layer gets from the one above it; a loss of our own would weigh on one layer as on thirty
-            y_BTD = model(input_ids=ids).last_hidden_state
-            y_BTD.backward(gradient=torch.full((), 1e-3, dtype=y_BTD.dtype).expand_as(y_BTD))
-        optimizer.step()
-
-    return step
-
-
 def _layers(model: PreTrainedModel) -> nn.ModuleList:
     return model.model.layers if hasattr(model, "model") else model.layers  # type: ignore[return-value]
 
 
-def _dense_form(case: Case, dtype: torch.dtype, ids: torch.Tensor, *, fast: bool, compiled: bool) -> Step:
-    model = build(case, dtype)
-    if fast:
-        fast_attention.enable(model)
-    if compiled:
-        for layer in _layers(model):
-            layer.compile(dynamic=False)
-    return _step(model, adamw_for(model, lr=1e-5), ids, lambda: None)
+@dataclass(slots=True, kw_only=True)
+class Form:
+    """One way to do the step. Forms that differ in their attention alone share a model: six of 3 GB do not fit."""
+
+    model: PreTrainedModel
+    optimizer: torch.optim.Optimizer
+    ids: torch.Tensor
+    fast: bool
+    handle: Any = None
+    selection_seconds: float = 0.0
+    steps: int = 0
+
+    def prepare(self) -> None:
+        (fast_attention.enable if self.fast else fast_attention.disable)(self.model)
+
+    def step(self) -> None:
+        before = self._selection()
+        if self.handle is not None:
+            self.handle.before_step(self.steps, 1 << 30)
+        self.steps += 1
+        self.optimizer.zero_grad()
+        if hasattr(self.model, "lm_head"):
+            self.model(input_ids=self.ids, labels=self.ids).loss.backward()
+        else:
+            # the gradient a layer gets from the one above it; a loss of our own would weigh on one layer as on thirty
+            y_BTD = self.model(input_ids=self.ids).last_hidden_state
+            y_BTD.backward(gradient=torch.full((), 1e-3, dtype=y_BTD.dtype).expand_as(y_BTD))
+        self.optimizer.step()
+        self.selection_seconds += self._selection() - before
+
+    def _selection(self) -> float:
+        return 0.0 if self.handle is None else self.handle.metrics()["sat/selection_seconds"]
 
 
-@dataclass(slots=True)
-class SparseForm:
-    step: Step
-    handle: Any
-
-    def selection_seconds(self) -> float:
-        return self.handle.metrics()["sat/selection_seconds"]
-
-
-def _sparse_form(
-    case: Case, dtype: torch.dtype, ids: torch.Tensor, config: SAT, *, fast: bool, compiled: bool
-) -> SparseForm:
-    model = build(case, dtype)
-    if fast:
-        fast_attention.enable(model)
-    handle = fallow.sparsify(model, config)
-    if compiled:
-        for layer in _layers(model):
-            layer.compile(dynamic=False)
-    count = iter(range(1 << 30))
-    step = _step(model, handle.optimizer(lr=1e-5), ids, lambda: handle.before_step(next(count), 1 << 30))
-    return SparseForm(step, handle)
+def _forms(case: Case, dtype: torch.dtype, ids: torch.Tensor, config: SAT | None, *, compiled: bool) -> dict[str, Form]:
+    """The forms of dense (`config` None) or of SAT."""
+    name = "dense" if config is None else "sparse"
+    forms: dict[str, Form] = {}
+    for variant in ("eager", "compiled") if compiled else ("eager",):
+        model = build(case, dtype)
+        if variant == "compiled":
+            fast_attention.enable(model)  # before compiling, so that the graph holds it
+        handle = None if config is None else fallow.sparsify(model, config)
+        optimizer = adamw_for(model, lr=1e-5) if handle is None else handle.optimizer(lr=1e-5)
+        shared = {"model": model, "optimizer": optimizer, "ids": ids, "handle": handle}
+        if variant == "compiled":
+            for layer in _layers(model):
+                layer.compile(dynamic=False)
+            forms[f"{name}/compiled"] = Form(**shared, fast=True)
+        else:
+            forms[f"{name}/sdpa"] = Form(**shared, fast=False)
+            forms[f"{name}/fallow_cpu"] = Form(**shared, fast=True)
+    return forms
 
 
 def _row(case: Case, dtype: torch.dtype, config: SAT, *, rounds: int, compiled: bool) -> dict[str, Any]:
     ids = torch.randint(
         0, case.shape.vocab or 256, (case.sequences, case.seq_len), generator=torch.Generator().manual_seed(1)
     )
-    forms: dict[str, Step] = {
-        "dense/sdpa": _dense_form(case, dtype, ids, fast=False, compiled=False),
-        "dense/fallow_cpu": _dense_form(case, dtype, ids, fast=True, compiled=False),
-    }
-    sparse = {
-        "sparse/sdpa": _sparse_form(case, dtype, ids, config, fast=False, compiled=False),
-        "sparse/fallow_cpu": _sparse_form(case, dtype, ids, config, fast=True, compiled=False),
-    }
-    if compiled:
-        forms["dense/compiled"] = _dense_form(case, dtype, ids, fast=True, compiled=True)
-        sparse["sparse/compiled"] = _sparse_form(case, dtype, ids, config, fast=True, compiled=True)
-    forms |= {name: form.step for name, form in sparse.items()}
-    interleave(forms, rounds=0, warm_up=2)
-    before = {name: form.selection_seconds() for name, form in sparse.items()}
-    timing = interleave(forms, rounds=rounds, warm_up=0)
+    forms = _forms(case, dtype, ids, None, compiled=compiled) | _forms(case, dtype, ids, config, compiled=compiled)
+    steps = {name: form.step for name, form in forms.items()}
+    prepare = {name: form.prepare for name, form in forms.items()}
+    interleave(steps, rounds=0, warm_up=2, prepare=prepare)
+    for form in forms.values():
+        form.selection_seconds, form.steps = 0.0, 0
+    timing = interleave(steps, rounds=rounds, warm_up=0, prepare=prepare)
     dense, fastest = timing.fastest("dense/"), timing.fastest("sparse/")
-    form = sparse[fastest]
+    form = forms[fastest]
     per_layer = form.handle.layer_metrics()
     shape = case.shape
     ideal = shape.step_flops(case.tokens, case.seq_len) / shape.step_flops(
@@ -167,10 +162,10 @@ def _row(case: Case, dtype: torch.dtype, config: SAT, *, rounds: int, compiled: 
         case.seq_len,
         [1 - r for r in per_layer["omit_ffn"]],
         [1 - r for r in per_layer["omit_heads"]],
-        dense_forward=config.omit_in == "backward",
+        omit_in=config.omit_in,
     )
     ratio = timing.ratio(dense, fastest)
-    selection = (form.selection_seconds() - before[fastest]) / sum(timing.seconds[fastest])
+    selection = form.selection_seconds / sum(timing.seconds[fastest])
     return {
         "case": case.name,
         "dtype": str(dtype).removeprefix("torch."),
@@ -216,20 +211,23 @@ def run(
     rounds: int | None = None,
     compiled: bool = True,
     lazy: bool = False,
+    omit_in: str = "forward+backward",
 ) -> dict[str, Any]:
-    """All rows as one JSON-ready dict (schema: architecture.md, "bench").
+    """All rows as one JSON-ready dict (schema: architecture.md, "bench"). Heads are omitted at the same rate as
+    channels where `omit_in` is "forward+backward".
 
     Raises:
-        ConfigError: an unknown case. GateError: a kernel differs from its truth.
+        ConfigError: an unknown case or setting. GateError: a kernel differs from its truth.
     """
     unknown = sorted(set(cases or ()) - set(CASES))
     if unknown:
         raise ConfigError(f"bench sat: unknown case {', '.join(unknown)}; use {', '.join(CASES)}")
-    gate = check_subset_ffn()
+    gate = check_all()
     rows = []
     for name in cases or CASES:
         for rate in rates:
-            config = SAT(omit=rate, heads=rate, ladder=0, lazy=lazy)
+            heads = rate if omit_in == "forward+backward" else 0.0
+            config = SAT(omit=rate, heads=heads, omit_in=omit_in, ladder=0, lazy=lazy)  # type: ignore[arg-type]
             # whole refresh intervals, so that choosing is counted as often as it happens
             n = rounds or (4 if quick else 8)
             rows.append(_row(CASES[name], torch.bfloat16, config, rounds=n, compiled=compiled and not quick))

@@ -18,7 +18,10 @@ BENCHES = ("sat",)
 def bench_command(argv: list[str]) -> int:
     """Run one benchmark and print it. A red correctness gate is a GateError (exit code 1) and nothing is printed."""
     args = _parser().parse_args(argv)
-    result = import_module(f"fallow.bench.{args.name}").run(cases=args.case, quick=args.quick)
+    options = {"cases": args.case, "quick": args.quick, "omit_in": args.omit_in}
+    if args.omit:
+        options["rates"] = tuple(args.omit)
+    result = import_module(f"fallow.bench.{args.name}").run(**options)
     if args.json:
         print(json.dumps(result))
     else:
@@ -30,6 +33,13 @@ def _parser() -> VerbParser:
     parser = VerbParser(prog="fallow bench", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("name", choices=BENCHES, help="what to time")
     parser.add_argument("--case", action="append", metavar="NAME", help="only this case (repeatable)")
+    parser.add_argument("--omit", action="append", type=float, metavar="RATE", help="omission rate (repeatable)")
+    parser.add_argument(
+        "--omit-in",
+        default="forward+backward",
+        metavar="PASSES",
+        help="forward+backward (channels and heads), backward or weight_grad (channels)",
+    )
     parser.add_argument("--quick", action="store_true", help="fewer rounds, nothing compiled: a look, not a result")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser

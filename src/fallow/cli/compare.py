@@ -21,7 +21,7 @@ settings (default), then the settings of each arm's method:
 
 def compare_command(argv: list[str]) -> int:
     """Compare arms. Returns 0 when all finished, 1 when Ctrl-C interrupted one; raises FallowError otherwise."""
-    if not argv or argv[0] in ("-h", "--help"):
+    if not argv or {"-h", "--help"} & set(argv):
         print(_HELP + settings_help())
         return 0 if argv else 2
     path, options, flags = split(argv, switches=("json", "overwrite"))

@@ -25,7 +25,7 @@ settings (default), then the settings of the chosen method:
 
 def train_command(argv: list[str]) -> int:
     """Run one recipe. Returns 0 when it finished, 1 when Ctrl-C interrupted it; raises FallowError otherwise."""
-    if not argv or argv[0] in ("-h", "--help"):
+    if not argv or {"-h", "--help"} & set(argv):
         print(_HELP + settings_help())
         return 0 if argv else 2
     path, options, flags = split(argv, switches=("json", "overwrite"))

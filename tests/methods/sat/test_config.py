@@ -20,7 +20,7 @@ from fallow.errors import ConfigError
         ({"importance": 3}, "name or a callable"),
         ({"selection": "best"}, "'topk', 'sample'"),
         ({"scope": "token"}, "'batch', 'sequence'"),
-        ({"omit_in": "forward"}, "'forward\\+backward', 'backward'"),
+        ({"omit_in": "forward"}, "'forward\\+backward', 'backward', 'weight_grad'"),
         ({"dense_tokens": "prompt"}, "'loss'"),
         ({"layer_rates": "early"}, "'uniform', 'late', 'sensitivity'"),
         ({"layer_rates": []}, "one weight >= 0 per layer"),

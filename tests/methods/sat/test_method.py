@@ -12,6 +12,11 @@ from fallow.errors import ConfigError
 from fallow.methods.sat.importance import UnitInput, choose
 
 
+def paper(**settings) -> SAT:
+    """The paper's form, unless `settings` say otherwise."""
+    return SAT(**{"omit": 0.5, "omit_in": "forward+backward"} | settings)
+
+
 def batch(seed: int = 0, n: int = 2, length: int = 16) -> torch.Tensor:
     return torch.randint(3, 128, (n, length), generator=torch.Generator().manual_seed(seed))
 
@@ -32,7 +37,7 @@ def one_step(model, handle, step: int = 0, total: int = 100, ids: torch.Tensor |
 @pytest.mark.parametrize("importance", ["uniform", "magnitude", "wanda", "maxip", "activation"])
 @pytest.mark.parametrize("selection", ["topk", "sample"])
 def test_every_importance_keeps_the_asked_number(importance, selection):
-    model, handle = sparse(SAT(omit=0.5, heads=0.5, importance=importance, selection=selection, ladder=0))
+    model, handle = sparse(paper(omit=0.5, heads=0.5, importance=importance, selection=selection, ladder=0))
     one_step(model, handle)
     for ffn in handle.ffns:
         assert len(ffn.kept) == 32
@@ -42,7 +47,7 @@ def test_every_importance_keeps_the_asked_number(importance, selection):
 
 def test_importances_disagree_and_random_changes_with_the_step():
     def kept(importance, step=0):
-        model, handle = sparse(SAT(importance=importance, ladder=0, refresh_every=1))
+        model, handle = sparse(paper(importance=importance, ladder=0, refresh_every=1))
         one_step(model, handle, step)
         return [f.kept.tolist() for f in handle.ffns]
 
@@ -58,7 +63,7 @@ def test_activation_keeps_the_channels_that_carry_the_output():
     with torch.no_grad():
         for layer in model.model.layers:
             layer.mlp.down_proj.weight[:, 32:] *= 1e-3
-    handle = fallow.sparsify(model, SAT(omit=0.5, ladder=0))
+    handle = fallow.sparsify(model, paper(omit=0.5, ladder=0))
     one_step(model, handle)
     assert all(f.kept.tolist() == list(range(32)) for f in handle.ffns)
 
@@ -70,7 +75,7 @@ def test_a_users_importance_sees_the_contract_and_is_held_to_it():
         seen.append((unit.x_SD.shape, unit.hidden(unit.x_SD).shape, unit.n_units, len(unit.w_in)))
         return -torch.arange(unit.n_units).float()
 
-    model, handle = sparse(SAT(importance=first_half, ladder=0, sample_tokens=8))
+    model, handle = sparse(paper(importance=first_half, ladder=0, sample_tokens=8))
     one_step(model, handle)
     assert seen[0] == ((8, 32), (8, 64), 64, 2)
     assert handle.ffns[0].kept.tolist() == list(range(32))
@@ -78,7 +83,7 @@ def test_a_users_importance_sees_the_contract_and_is_held_to_it():
         (lambda unit: torch.ones(3), "shape \\(64,\\)"),
         (lambda unit: torch.full((64,), float("nan")), "not finite"),
     ):
-        model, handle = sparse(SAT(importance=bad, ladder=0))
+        model, handle = sparse(paper(importance=bad, ladder=0))
         with pytest.raises(ConfigError, match=message):
             one_step(model, handle)
 
@@ -93,7 +98,7 @@ def test_sampling_draws_in_proportion_to_the_scores():
 
 
 def test_sequence_scope_chooses_for_each_sequence_and_each_micro_batch():
-    model, handle = sparse(SAT(omit=0.5, scope="sequence", ladder=0))
+    model, handle = sparse(paper(omit=0.5, scope="sequence", ladder=0))
     one_step(model, handle)
     first = handle.ffns[0].kept.clone()
     assert first.shape == (2, 32)
@@ -103,7 +108,7 @@ def test_sequence_scope_chooses_for_each_sequence_and_each_micro_batch():
 
 
 def test_refresh_interval():
-    model, handle = sparse(SAT(omit=0.5, refresh_every=3, importance="uniform", ladder=0))
+    model, handle = sparse(paper(omit=0.5, refresh_every=3, importance="uniform", ladder=0))
     chosen = []
     for step in range(6):
         one_step(model, handle, step)
@@ -112,7 +117,7 @@ def test_refresh_interval():
 
 
 def test_backward_only_has_the_dense_loss_and_gradient_for_kept_channels_only():
-    model, handle = sparse(SAT(omit=0.5, omit_in="backward", ladder=0))
+    model, handle = sparse(paper(omit=0.5, omit_in="backward", ladder=0))
     stock = tiny_model("llama").train()
     loss = one_step(model, handle)
     dense = stock(input_ids=batch(), labels=batch()).loss
@@ -127,7 +132,7 @@ def test_backward_only_has_the_dense_loss_and_gradient_for_kept_channels_only():
 
 def test_dense_loss_tokens_pass_through_every_channel():
     def losses(labels):
-        model, handle = sparse(SAT(omit=0.5, dense_tokens="loss", ladder=0))
+        model, handle = sparse(paper(omit=0.5, dense_tokens="loss", ladder=0))
         stock = tiny_model("llama").train()
         handle.before_step(0, 10)
         ids = batch()
@@ -144,7 +149,7 @@ def test_dense_loss_tokens_pass_through_every_channel():
 
 
 def test_dense_loss_tokens_without_labels_is_refused():
-    model, handle = sparse(SAT(dense_tokens="loss", ladder=0))
+    model, handle = sparse(paper(dense_tokens="loss", ladder=0))
     handle.before_step(0, 10)
     with pytest.raises(ConfigError, match="needs labels"):
         model(input_ids=batch())
@@ -157,7 +162,7 @@ def test_sensitivity_gives_the_harmful_layer_the_lower_rate():
         model.model.layers[0].mlp.down_proj.weight.mul_(3)
     with torch.no_grad():  # labels the model itself predicts, so that any omission can only harm
         labels = torch.cat([batch()[:, :1], model(input_ids=batch()).logits.argmax(-1)[:, :-1]], 1)
-    handle = fallow.sparsify(model, SAT(omit=0.5, layer_rates="sensitivity", ladder=0))
+    handle = fallow.sparsify(model, paper(omit=0.5, layer_rates="sensitivity", ladder=0))
     handle.before_step(0, 10)
     model(input_ids=batch(), labels=labels).loss.backward()
     rates = handle.layer_metrics()["omit_ffn"]
@@ -166,16 +171,16 @@ def test_sensitivity_gives_the_harmful_layer_the_lower_rate():
 
 
 def test_late_and_given_rates():
-    _, handle = sparse(SAT(omit=0.4, layer_rates="late", ladder=0))
+    _, handle = sparse(paper(omit=0.4, layer_rates="late", ladder=0))
     assert handle.layer_metrics()["omit_ffn"] == pytest.approx([0.0, 0.8], abs=0.05)
-    _, handle = sparse(SAT(omit=0.4, layer_rates=[3.0, 1.0], ladder=0))
+    _, handle = sparse(paper(omit=0.4, layer_rates=[3.0, 1.0], ladder=0))
     assert handle.layer_metrics()["omit_ffn"] == pytest.approx([0.6, 0.2], abs=0.05)
     with pytest.raises(ConfigError, match="3 weights, the model 2 layers"):
-        sparse(SAT(layer_rates=[1.0, 1.0, 1.0]))
+        sparse(paper(layer_rates=[1.0, 1.0, 1.0]))
 
 
 def test_ladder_ends_dense():
-    model, handle = sparse(SAT(omit=0.5, heads=0.5, ladder=2, dense_share=0.25))
+    model, handle = sparse(paper(omit=0.5, heads=0.5, ladder=2, dense_share=0.25))
     rates = []
     for step in range(8):
         one_step(model, handle, step, 8)
@@ -187,7 +192,7 @@ def test_ladder_ends_dense():
 
 def test_lazy_state_freezes_omitted_rows_and_plain_adamw_does_not():
     def moved(lazy):
-        model, handle = sparse(SAT(omit=0.5, lazy=lazy, importance="uniform", refresh_every=1, ladder=0))
+        model, handle = sparse(paper(omit=0.5, lazy=lazy, importance="uniform", refresh_every=1, ladder=0))
         optimizer = handle.optimizer(lr=1e-2, weight_decay=0.1)
         for step in range(2):
             before = model.model.layers[0].mlp.gate_proj.weight.detach().clone()
@@ -204,8 +209,8 @@ def test_lazy_state_freezes_omitted_rows_and_plain_adamw_does_not():
 
 
 def test_fp32_plain_optimizer_equals_torch_adamw():
-    model, handle = sparse(SAT(omit=0.5, ladder=0))
-    twin, handle2 = sparse(SAT(omit=0.5, ladder=0))
+    model, handle = sparse(paper(omit=0.5, ladder=0))
+    twin, handle2 = sparse(paper(omit=0.5, ladder=0))
     ours, theirs = (
         handle.optimizer(lr=1e-2),
         torch.optim.AdamW(twin.parameters(), lr=1e-2, betas=(0.9, 0.95), weight_decay=0),
@@ -223,8 +228,8 @@ def test_fp32_plain_optimizer_equals_torch_adamw():
 @pytest.mark.parametrize(
     ("config", "family", "message"),
     [
-        (SAT(heads=0.5, head_unit="query"), "gpt2", "head_unit='group'"),
-        (SAT(heads=0.5, layer_rates=[1.0]), "llama", "1 weights, the model 2 layers"),
+        (paper(heads=0.5, head_unit="query"), "gpt2", "head_unit='group'"),
+        (paper(heads=0.5, layer_rates=[1.0]), "llama", "1 weights, the model 2 layers"),
     ],
 )
 def test_what_a_model_cannot_do_is_refused(config, family, message):
@@ -233,7 +238,7 @@ def test_what_a_model_cannot_do_is_refused(config, family, message):
 
 
 def test_metrics_count_selection_time():
-    model, handle = sparse(SAT(omit=0.5, heads=0.5, ladder=0))
+    model, handle = sparse(paper(omit=0.5, heads=0.5, ladder=0))
     one_step(model, handle)
     metrics = handle.metrics()
     assert metrics["sat/selection_seconds"] > 0

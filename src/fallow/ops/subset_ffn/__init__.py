@@ -1,10 +1,10 @@
-"""`subset_ffn`: an FFN of which only some channels are computed, forward and backward, or backward only.
+"""`subset_ffn`: an FFN of which only some channels are computed: in both passes, backward, or for weight gradients.
 
     h = act(x Wgᵀ + bg) ∘ (x Wuᵀ + bu)     (or act(x Wuᵀ + bu) without a gate)
     y = h[:, idx] Wd[:, idx]ᵀ + bd
 
 FLOPs fall with the number of kept channels K/F; gradients of omitted rows and columns are exactly zero.
-Source: SAT (arXiv 2406.01392) for `omit_in="forward+backward"`; `omit_in="backward"` is ours.
+Source: SAT (arXiv 2406.01392) for `omit_in="forward+backward"`; "backward" and "weight_grad" are ours.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from fallow.errors import BackendError, ConfigError
 from fallow.ops.subset_ffn import cpu, naive, triton
 
 BACKENDS = [triton, cpu, naive]
+OMIT_IN = ("forward+backward", "backward", "weight_grad")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 last_used = "none yet"
 
@@ -42,7 +43,8 @@ def subset_ffn(
         idx_K: int64 kept channels, sorted: [K] for all tokens, or [S, K] for S sequences of T/S tokens; None keeps all.
         act: "silu", "gelu", "gelu_tanh" or "relu".
         omit_in: "forward+backward" computes the kept channels only; "backward" computes all channels forward, and
-            lets gradient through the kept ones only, saving only their activations.
+            lets gradient through the kept ones only, saving only their activations; "weight_grad" is the dense FFN,
+            input gradient included, except that weights and biases of omitted channels get no gradient.
         backend: "naive", "cpu" or "triton"; None takes the first that can run.
 
     Returns:
@@ -54,8 +56,8 @@ def subset_ffn(
     global last_used
     if act not in ACTIVATIONS:
         raise ConfigError(f"subset_ffn: act={act!r} is not one of {', '.join(ACTIVATIONS)}")
-    if omit_in not in ("forward+backward", "backward"):
-        raise ConfigError(f"subset_ffn: omit_in={omit_in!r}; use 'forward+backward' or 'backward'")
+    if omit_in not in OMIT_IN:
+        raise ConfigError(f"subset_ffn: omit_in={omit_in!r}; use one of {', '.join(map(repr, OMIT_IN))}")
     module = _choose(x_TD, idx_K, backend)
     last_used = module.name
     return module.subset_ffn(

@@ -66,19 +66,19 @@ def _forward(
     b_up: Tensor | None,
     b_down: Tensor | None,
     act: str,
-    dense_forward: bool,
+    omit_in: str,
     fused: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(y [T, D], pre): `pre` is [T, 2K] when gated (gate, then up), else [T, K]."""
+    """(y [T, D], pre): `pre` is [T, 2K] when gated (gate, then up), else [T, K]; K = F with omit_in="weight_grad"."""
     from fallow.ops.subset_ffn.triton_steps import forward
 
     with torch.cuda.device_of(x):
-        return forward(x, w_up, w_down, idx, w_gate, (b_gate, b_up), b_down, act=act, dense=dense_forward, fused=fused)
+        return forward(x, w_up, w_down, idx, w_gate, (b_gate, b_up), b_down, act=act, omit_in=omit_in, fused=fused)
 
 
 @_forward.register_fake
-def _(x, w_up, w_down, idx, w_gate, b_gate, b_up, b_down, act, dense_forward, fused):
-    K = w_up.shape[0] if idx is None else idx.shape[0]
+def _(x, w_up, w_down, idx, w_gate, b_gate, b_up, b_down, act, omit_in, fused):
+    K = w_up.shape[0] if idx is None or omit_in == "weight_grad" else idx.shape[0]
     return x.new_empty(x.shape[0], w_down.shape[0]), x.new_empty(x.shape[0], K if w_gate is None else 2 * K)
 
 
@@ -94,6 +94,7 @@ def _backward(
     b_gate: Tensor | None,
     b_up: Tensor | None,
     act: str,
+    omit_in: str,
     need: list[bool],
     fused: bool,
 ) -> list[Tensor]:
@@ -101,11 +102,13 @@ def _backward(
     from fallow.ops.subset_ffn.triton_steps import backward
 
     with torch.cuda.device_of(x):
-        return backward(dy, x, pre, w_up, w_down, idx, w_gate, (b_gate, b_up), act=act, need=need, fused=fused)
+        return backward(
+            dy, x, pre, w_up, w_down, idx, w_gate, (b_gate, b_up), act=act, omit_in=omit_in, need=need, fused=fused
+        )
 
 
 @_backward.register_fake
-def _(dy, x, pre, w_up, w_down, idx, w_gate, b_gate, b_up, act, need, fused):
+def _(dy, x, pre, w_up, w_down, idx, w_gate, b_gate, b_up, act, omit_in, need, fused):
     F, D = w_up.shape
     weights = [w_up, w_down, w_gate]
     grads = [x.new_empty(x.shape), *(x.new_empty(0) if w is None else torch.empty_like(w) for w in weights)]
@@ -114,7 +117,7 @@ def _(dy, x, pre, w_up, w_down, idx, w_gate, b_gate, b_up, act, need, fused):
 
 
 def _setup(ctx, inputs, output):
-    x, w_up, w_down, idx, w_gate, b_gate, b_up, _, ctx.act, _, ctx.fused = inputs
+    x, w_up, w_down, idx, w_gate, b_gate, b_up, _, ctx.act, ctx.omit_in, ctx.fused = inputs
     ctx.save_for_backward(x, output[1], w_up, w_down, idx, w_gate, b_gate, b_up)
     ctx.set_materialize_grads(False)
 
@@ -125,7 +128,9 @@ def _autograd(ctx, dy, _dpre):
     x, pre, w_up, w_down, idx, w_gate, b_gate, b_up = ctx.saved_tensors
     order = (0, 1, 2, 4, 5, 6, 7)  # places of the differentiable arguments
     need = [ctx.needs_input_grad[i] for i in order]
-    found = _backward(dy.contiguous(), x, pre, w_up, w_down, idx, w_gate, b_gate, b_up, ctx.act, need, ctx.fused)
+    found = _backward(
+        dy.contiguous(), x, pre, w_up, w_down, idx, w_gate, b_gate, b_up, ctx.act, ctx.omit_in, need, ctx.fused
+    )
     grads: list[Tensor | None] = [None] * 11
     for i, needed, grad in zip(order, need, found, strict=True):
         grads[i] = grad if needed else None
@@ -165,6 +170,5 @@ def subset_ffn(
         w_gate_FD, b_gate_F, b_up_F, b_down_D = (None if t is None else t.to(dtype) for t in optional)
     if w_gate_FD is not None and w_gate_FD.stride() != w_up_FD.stride():
         w_gate_FD, w_up_FD = w_gate_FD.contiguous(), w_up_FD.contiguous()
-    dense_forward, fused = omit_in == "backward", variant == "fused"
     tensors = (x_TD.contiguous(), w_up_FD, w_down_DF, idx_K, w_gate_FD, b_gate_F, b_up_F, b_down_D)
-    return _forward(*tensors, act, dense_forward, fused)[0]
+    return _forward(*tensors, act, omit_in, variant == "fused")[0]

@@ -108,10 +108,12 @@ def forward(
     b_down: Tensor | None,
     *,
     act: str,
-    dense: bool,
+    omit_in: str,
     fused: bool,
 ) -> tuple[Tensor, Tensor]:
     """(y [T, D], pre): `pre` is [T, 2K] when gated (gate, then up), else [T, K], without bias."""
+    idx = None if omit_in == "weight_grad" else idx
+    dense = omit_in == "backward"
     K = w_up.shape[0] if idx is None else idx.shape[0]
     pre = _empty((x.shape[0], K if w_gate is None else 2 * K), x)
     hidden = _hidden_fused if fused else _hidden_gathered
@@ -131,19 +133,23 @@ def backward(
     biases: Biases,
     *,
     act: str,
+    omit_in: str,
     need: list[bool],
     fused: bool,
 ) -> list[Tensor]:
     """Gradients of [x, w_up, w_down, w_gate, b_gate, b_up, b_down]; empty where `need` is false."""
     (T, _), F, K = x.shape, w_up.shape[0], pre.shape[1] // (1 if w_gate is None else 2)
-    dpre, w_down_K = _empty((T, pre.shape[1]), pre), _cols_out(w_down, idx)
+    through = None if omit_in == "weight_grad" else idx  # the channels that gradients pass through
+    dpre, w_down_K = _empty((T, pre.shape[1]), pre), _cols_out(w_down, through)
     if fused:
         h = _empty((T, K), x)
-        grad_hidden(dy, w_down_K, pre, biases, idx, dpre, h, act)
+        grad_hidden(dy, w_down_K, pre, biases, through, dpre, h, act)
     else:
         h = torch.mm(dy, w_down_K)
-        act_backward(pre, h, dpre, act, biases, idx)
+        act_backward(pre, h, dpre, act, biases, through)
     d_gate, d_up = dpre[:, :K], dpre[:, -K:]
+    if idx is not None and through is None:
+        h, d_gate, d_up = (take(t, idx, _empty((T, len(idx)), t), dim=1) for t in (h, d_gate, d_up))
     at = None if idx is None or fused else positions(idx, F)
 
     def none() -> Tensor:
@@ -156,12 +162,12 @@ def backward(
     def grad_x() -> Tensor:
         if fused:
             dx = _empty(tuple(x.shape), x)
-            grad_input(dpre, w_gate, w_up, idx, dx)
+            grad_input(dpre, w_gate, w_up, through, dx)
             return dx
-        if idx is not None:
-            return torch.mm(dpre, _rows_in(w_gate, w_up, idx))
-        dx = torch.mm(d_up, w_up)
-        return dx if w_gate is None else dx.addmm_(d_gate, w_gate)
+        if through is not None:
+            return torch.mm(dpre, _rows_in(w_gate, w_up, through))
+        dx = torch.mm(dpre[:, -K:], w_up)
+        return dx if w_gate is None else dx.addmm_(dpre[:, :K], w_gate)
 
     def grad_w(per_channel: Tensor, per_width: Tensor, w: Tensor, dim: int) -> Tensor:
         if fused:
