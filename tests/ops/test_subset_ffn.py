@@ -161,12 +161,32 @@ def test_compiles_as_one_graph():
     torch.testing.assert_close(got, want)
 
 
-@pytest.mark.parametrize("omit_in", ["forward+backward", "backward", "weight_grad"])
-def test_registered_op_is_sound(omit_in):
+@pytest.mark.parametrize("dense_forward", [False, True])
+def test_registered_op_is_sound(dense_forward):
     t = make(6, 4, 12, torch.float32, gated=True, biased=True)
     args = [t[k].requires_grad_() for k in ("x", "w_up", "w_down")]
-    rest = (torch.arange(6), t["w_gate"], t["b_gate"], t["b_up"], t["b_down"], "silu", omit_in)
+    rest = (torch.arange(6), t["w_gate"], t["b_gate"], t["b_up"], t["b_down"], "silu", dense_forward)
     torch.library.opcheck(torch.ops.fallow.subset_ffn_cpu.default, (*args, *rest))
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_registered_weight_grad_is_sound(dim):
+    dy, x = torch.randn(6, 12 if dim == 0 else 4), torch.randn(6, 4 if dim == 0 else 12)
+    torch.library.opcheck(torch.ops.fallow.partial_weight_grad.default, (dy, x, torch.arange(0, 12, 2), dim, 12))
+
+
+def test_weight_grad_only_under_autocast():
+    t = make(8, 4, 12, torch.float32, gated=True, biased=True)
+    leaves = {k: t[k].requires_grad_() for k in ("x", "w_up", "w_down", "w_gate", "b_gate", "b_up", "b_down")}
+    biases = {f"{k}_{'D' if k == 'b_down' else 'F'}": leaves[k] for k in ("b_gate", "b_up", "b_down")}
+    with torch.autocast("cpu", torch.bfloat16):
+        y = subset_ffn(
+            leaves["x"], leaves["w_up"], leaves["w_down"], torch.arange(6), w_gate_FD=leaves["w_gate"], **biases,
+            omit_in="weight_grad", backend="cpu",
+        )  # fmt: skip
+    assert y.dtype == torch.bfloat16
+    y.sum().backward()
+    assert all(v.grad is not None and v.grad.dtype == torch.float32 for v in leaves.values())
 
 
 def test_bad_arguments_name_the_mend():

@@ -4,12 +4,9 @@ Gate and up rows of the kept channels are copied into one reused [2K, D] scratch
 and weight gradient are one GEMM each instead of two. The obvious alternative, `w[idx]` under autograd, scatters every
 weight gradient with `index_put_(accumulate=True)` and keeps the gathered copies alive until backward.
 
-`omit_in="weight_grad"` is the dense FFN up to the input gradient; then the kept columns of h and of the preactivations'
-gradient are copied out and the weight gradients are GEMMs on those.
-
 Cost, beside 6·T·K·D·3 FLOPs: 3·K·D elements copied per direction, and 3·F·D gradient elements of which only the kept
-are
-written (the rest stay untouched zero pages). At T = 2048 the copies are about 1 % of the arithmetic.
+are written (the rest stay untouched zero pages). At T = 2048 the copies are about 1 % of the arithmetic.
+`omit_in="weight_grad"` is in weight_grad.py: three linears, nothing gathered forward.
 """
 
 from __future__ import annotations
@@ -20,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fallow.ops.gather import gather_cols, gather_rows, spread_cols, spread_rows
+from fallow.ops.subset_ffn import weight_grad
 from fallow.ops.subset_ffn.naive import activation
 
 name = "cpu"
@@ -115,18 +113,15 @@ def _forward(
     b_up: Tensor | None,
     b_down: Tensor | None,
     act: str,
-    omit_in: str,
+    dense_forward: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(y_TD, pre): `pre` holds the kept preactivations, [T, 2K] when gated (gate, then up), else [T, K]; all of them
-    with omit_in="weight_grad"."""
+    """(y_TD, pre): `pre` holds the kept preactivations, [T, 2K] when gated (gate, then up), else [T, K]."""
     gated = w_gate is not None
     parts = 2 if gated else 1
-    if omit_in == "weight_grad":
-        idx = None
     K = w_up.shape[0] if idx is None else idx.shape[-1]
     y = x.new_empty(x.shape[0], w_down.shape[0])
     pre = x.new_empty(x.shape[0], parts * K)
-    if omit_in == "backward" and idx is not None:
+    if dense_forward and idx is not None:
         full = _project(x, _gather_in(w_gate, w_up, None), _bias_in(b_gate, b_up, None, gated))
         torch.mm(_hidden(full, act, gated), w_down.t(), out=y)
         F = w_up.shape[0]
@@ -150,8 +145,8 @@ def _forward(
 
 
 @_forward.register_fake
-def _(x, w_up, w_down, idx, w_gate, b_gate, b_up, b_down, act, omit_in):
-    K = w_up.shape[0] if idx is None or omit_in == "weight_grad" else idx.shape[-1]
+def _(x, w_up, w_down, idx, w_gate, b_gate, b_up, b_down, act, dense_forward):
+    K = w_up.shape[0] if idx is None else idx.shape[-1]
     return x.new_empty(x.shape[0], w_down.shape[0]), x.new_empty(x.shape[0], (1 if w_gate is None else 2) * K)
 
 
@@ -165,7 +160,6 @@ def _backward(
     idx: Tensor | None,
     w_gate: Tensor | None,
     act: str,
-    omit_in: str,
     need_dx: bool,
     need_dw: bool,
     need_db: bool,
@@ -180,9 +174,8 @@ def _backward(
     db_in = x.new_zeros(parts * F) if need_db else x.new_empty(0)
     dy = dy.contiguous()
     for tokens, kept in _groups(x, idx):
-        through = None if omit_in == "weight_grad" else kept  # the channels that gradients pass through
         z, dy_s = pre[tokens], dy[tokens]
-        dh = torch.mm(dy_s, _gather_out(w_down, through))
+        dh = torch.mm(dy_s, _gather_out(w_down, kept))
         if gated:
             gate, up = z[:, :K], z[:, K:]
             a = activation(gate, act)
@@ -194,27 +187,18 @@ def _backward(
             h, dz = activation(z, act), torch.empty_like(z)
             _activation_backward(dh, z, act, dz)
         if need_dx:
-            torch.mm(dz, _gather_in(w_gate, w_up, through), out=dx[tokens])
-        if through is not kept:
-            h, dz = _kept_columns(h, kept, 1), _kept_columns(dz, kept, parts)
+            torch.mm(dz, _gather_in(w_gate, w_up, kept), out=dx[tokens])
         if need_dw:
             dw_down = _accumulate(dw_down, 1, kept, torch.mm(dy_s.t(), h), F)
             dw = torch.mm(dz.t(), x[tokens])
-            n = dw.shape[0] // parts
             for p in range(parts):
-                dw_in[p] = _accumulate(dw_in[p], 0, kept, dw[p * n : (p + 1) * n], F)
+                dw_in[p] = _accumulate(dw_in[p], 0, kept, dw[p * K : (p + 1) * K], F)
         if need_db:
-            for p, db in enumerate(dz.sum(0).chunk(parts)):
-                db_in[p * F : (p + 1) * F].index_add_(0, torch.arange(F) if kept is None else kept, db)
+            db = dz.sum(0)
+            for p in range(parts):
+                where = slice(p * F, (p + 1) * F)
+                db_in[where].index_add_(0, torch.arange(F) if kept is None else kept, db[p * K : (p + 1) * K])
     return [dx, dw_in[-1], dw_down, dw_in[0] if gated else x.new_empty(0), db_in]
-
-
-def _kept_columns(z: Tensor, kept: Tensor | None, parts: int) -> Tensor:
-    """[T, parts·K] of [T, parts·F]."""
-    assert kept is not None
-    F = z.shape[1] // parts
-    columns = kept if parts == 1 else torch.cat([kept, kept + F])
-    return gather_cols(z, columns, z.new_empty(z.shape[0], len(columns)))
 
 
 def _accumulate(full: Tensor, dim: int, kept: Tensor | None, part: Tensor, F: int) -> Tensor:
@@ -227,7 +211,7 @@ def _accumulate(full: Tensor, dim: int, kept: Tensor | None, part: Tensor, F: in
 
 
 @_backward.register_fake
-def _(dy, x, pre, w_up, w_down, idx, w_gate, act, omit_in, need_dx, need_dw, need_db):
+def _(dy, x, pre, w_up, w_down, idx, w_gate, act, need_dx, need_dw, need_db):
     none = x.new_empty(0)
     return [
         torch.empty_like(x) if need_dx else none,
@@ -239,7 +223,7 @@ def _(dy, x, pre, w_up, w_down, idx, w_gate, act, omit_in, need_dx, need_dw, nee
 
 
 def _setup(ctx, inputs, output):
-    x, w_up, w_down, idx, w_gate, b_gate, b_up, b_down, act, ctx.omit_in = inputs
+    x, w_up, w_down, idx, w_gate, b_gate, b_up, b_down, act, _ = inputs
     ctx.save_for_backward(x, output[1], w_up, w_down, idx, w_gate)
     ctx.act = act
     ctx.biases = (b_gate is not None, b_up is not None, b_down is not None)
@@ -255,7 +239,7 @@ def _autograd(ctx, dy, _dpre):
     need_dw = need[1] or need[2] or need[4]
     need_db = (has_gate and need[5]) or (has_up and need[6])
     dx, dw_up, dw_down, dw_gate, db = _backward(
-        dy, x, pre, w_up, w_down, idx, w_gate, ctx.act, ctx.omit_in, need[0], need_dw, need_db
+        dy, x, pre, w_up, w_down, idx, w_gate, ctx.act, need[0], need_dw, need_db
     )
     F = w_up.shape[0]
     return (
@@ -288,4 +272,8 @@ def subset_ffn(
     act: str = "silu",
     omit_in: str = "forward+backward",
 ) -> Tensor:
-    return _forward(x_TD, w_up_FD, w_down_DF, idx_K, w_gate_FD, b_gate_F, b_up_F, b_down_D, act, omit_in)[0]
+    if omit_in == "weight_grad" and idx_K is not None:
+        biases = {"b_gate_F": b_gate_F, "b_up_F": b_up_F, "b_down_D": b_down_D}
+        return weight_grad.subset_ffn(x_TD, w_up_FD, w_down_DF, idx_K, w_gate_FD=w_gate_FD, **biases, act=act)
+    dense_forward = omit_in == "backward"
+    return _forward(x_TD, w_up_FD, w_down_DF, idx_K, w_gate_FD, b_gate_F, b_up_F, b_down_D, act, dense_forward)[0]
