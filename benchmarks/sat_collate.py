@@ -88,7 +88,8 @@ def _full_steps(runs: Sequence[Run]) -> int:
 def paced(run: Run, pace: Record, steps: int) -> float:
     """Seconds of the first `steps` steps at the interleaved pace; on the ladder, between dense and the full rate in
     proportion to the rate."""
-    dense, form = (pace["forms"][name]["ms_per_step"] / 1e3 for name in ("dense", _form(run)))
+    dense = pace["forms"]["dense"]["ms_per_step"] / 1e3
+    form = dense / pace["forms"][_form(run)]["ratio"]  # the paired ratio: medians of different moments drift apart
     method = run.info.get("method") or {}
     total = int(run.info["recipe"]["steps"])
     rungs, share = method.get("ladder", 0), method.get("dense_share", 0.0)

@@ -30,7 +30,7 @@ from fallow.training.settings import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES, RESULTS = ROOT / "benchmarks" / "recipes", ROOT / "benchmarks" / "results"
-EXPERIMENTS = {"cpt": "sat-cpt", "cpt-long": "sat-cpt-long", "sft": "sat-sft"}
+EXPERIMENTS = {"cpt": "sat-cpt", "sft": "sat-sft"}
 Record = dict[str, Any]
 
 

@@ -25,7 +25,6 @@ ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = {
     "sat-bench": "fallow bench sat --json > benchmarks/results/sat-bench.json",
     "sat-cpt": "python benchmarks/sat_experiments.py cpt --seeds 0 1",
-    "sat-cpt-long": "python benchmarks/sat_experiments.py cpt-long --seeds 0 1",
     "sat-sft": "python benchmarks/sat_experiments.py sft --seeds 0 1",
 }
 _CLOCKS = {
@@ -64,7 +63,6 @@ def make(results: Path, page: Path) -> list[str]:
     for name, table, drawings in (
         ("sat-bench", bench_table, {"sat-bench": bench_chart}),
         ("sat-cpt", experiment_table, _experiment_charts("sat-cpt")),
-        ("sat-cpt-long", experiment_table, _experiment_charts("sat-cpt-long")),
         ("sat-sft", experiment_table, _experiment_charts("sat-sft")),
     ):
         source = results / f"{name}.json"
@@ -109,9 +107,9 @@ def bench_table(data: Data) -> str:
         ]
         for row in data["rows"]
     ]  # fmt: skip
-    rates = {case: "none found" if rate is None else f"{rate:.2f}" for case, rate in data["break_even"].items()}
-    even = "; ".join(f"{case} {rate}" for case, rate in rates.items())
-    return f"{_table(head, rows)}\n\nBreak-even omission rate, on the line through the rates above: {even}."
+    even = "; ".join(f"{case} {rate:.2f}" for case, rate in data["break_even"].items() if rate is not None)
+    line = f"\n\nBreak-even omission rate, on the line through two rates: {even}." if even else ""
+    return _table(head, rows) + line
 
 
 def experiment_table(data: Data) -> str:
@@ -143,7 +141,7 @@ def _figure(value: Data | None, form: str, *, unit: str = "", ranged: bool = Tru
     if value is None:
         return "–"
     words = format(value["mean"] / scale, form) + unit
-    if not ranged or len(value["values"]) < 2:
+    if not ranged or format(value["low"], form) == format(value["high"], form):
         return words
     return f"{words} [{value['low'] / scale:{form}} … {value['high'] / scale:{form}}]"
 

@@ -59,7 +59,7 @@ class AttentionView:
     def part(self, part: str) -> Linear:
         """A projection's stock module, installed or not."""
         module = self.module._modules[part]
-        return as_linear(cast(nn.Module, module.stock if isinstance(module, Slot) else module), f"{self.name}.{part}")
+        return as_linear(cast(nn.Module, module.stock if isinstance(module, Slot) else module), self.name, part)
 
     def placements(self) -> list[tuple[str, Placement, _Kind]]:
         """(projection, blocks, whose) of the query, key and value projections, the one called first in front."""

@@ -121,7 +121,7 @@ class FFNView:
         module = self._holder._modules[part]
         if isinstance(module, Slot):
             module = module.stock
-        return as_linear(cast(nn.Module, module), f"{self.name}.{part}")
+        return as_linear(cast(nn.Module, module), self.name, part)
 
     def weights(self) -> FFNWeights:
         """The weights as they are in the modules now."""

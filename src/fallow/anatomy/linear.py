@@ -17,8 +17,11 @@ from fallow.errors import UnsupportedModelError
 Linear: TypeAlias = nn.Linear | Conv1D
 
 
-def as_linear(module: nn.Module, name: str) -> Linear:
+def as_linear(module: nn.Module, *path: str) -> Linear:
     """`module` itself, checked to be a plain linear layer with a full floating weight.
+
+    `path` is its dotted name, in parts: joined only for the error, because a compiled forward that read its layer's own
+    name would be compiled anew for every layer.
 
     Raises:
         UnsupportedModelError: it is an adapter, a quantised layer or something else.
@@ -28,7 +31,7 @@ def as_linear(module: nn.Module, name: str) -> Linear:
         if tuple(module.weight.shape) == stored:
             return module
     raise UnsupportedModelError(
-        f"{name} is a {type(module).__name__}, not a plain Linear or Conv1D with a floating weight; "
+        f"{'.'.join(path)} is a {type(module).__name__}, not a plain Linear or Conv1D with a floating weight; "
         "merge adapters and dequantise the model first"
     )
 
