@@ -5,8 +5,7 @@
 The arms of an experiment run one after the other, for minutes each, on machines that drift by a quarter in that time:
 their wall clock compares machines as much as methods. Here one model and one optimizer serve all forms in turn, on the
 recipe's own batches and with a learning rate of 0, so that every form meets the same weights at the same moment. A turn
-is one untimed step, in which the memory of the form before it is given back, and then as many as the widest
-`refresh_every`, so that each form pays for choosing as often as it does in a run.
+is as many steps as the widest `refresh_every`, so that each form pays for choosing as often as it does in a run.
 `sat_experiments.py collate` then gives every run, besides its own clock, its seconds at this pace.
 """
 
@@ -132,10 +131,8 @@ def _turn(
     clip: float,
     before: Callable[[int], None],
 ) -> float:
-    began = 0.0
-    for step, batch in enumerate([batches[-1], *batches]):
-        if step == 1:
-            began = time.perf_counter()
+    began = time.perf_counter()
+    for step, batch in enumerate(batches):
         before(step)
         model(**batch).loss.backward()
         if clip > 0:

@@ -16,8 +16,8 @@ class SAT:
     """Sparsity-accelerated training (Ma et al., ACL Findings 2024, arXiv 2406.01392). Fields marked *ours* are not
     the paper's.
 
-    The defaults are the form that reached the lowest loss per second on small models (docs/results/sat.md). The paper's
-    own form is `SAT(omit=0.5, heads=0.5, omit_in="forward+backward")`: faster steps, and a higher loss there.
+    The defaults are the form that came nearest to dense at equal seconds on a small model (docs/results/sat.md). The
+    paper's own form is `SAT(omit=0.5, heads=0.5, omit_in="forward+backward")`: far faster steps, and a far higher loss.
     """
 
     omit: float = 0.75
