@@ -61,6 +61,13 @@ def mean_curve(runs: Sequence[Data], axis: str, colour: int) -> Series:
     )
 
 
+def arm_colours(rows: Sequence[Data]) -> dict[str, int]:
+    """Every dense arm in the first colour, every form of SAT in one of its own."""
+    methods = {row["arm"]: row["method"] for row in rows}
+    sparse = [arm for arm, method in methods.items() if method is not None]
+    return {arm: 0 if method is None else 1 + sparse.index(arm) % (COLOURS - 1) for arm, method in methods.items()}
+
+
 def loss_ceiling(ends: Sequence[float]) -> float:
     """Final losses above this are named at the upper edge, so that one bad control does not flatten all others."""
     return min(ends) + 3 * (statistics.median(ends) - min(ends)) or max(ends)
@@ -68,8 +75,8 @@ def loss_ceiling(ends: Sequence[float]) -> float:
 
 def curves_chart(data: Data, axis: str, x: Axis) -> str:
     """Held-out loss against seconds or tokens, one line per arm, range over seeds shaded."""
-    arms = list(dict.fromkeys(run["arm"] for run in data["runs"]))
-    series = [mean_curve([r for r in data["runs"] if r["arm"] == arm], axis, i) for i, arm in enumerate(arms)]
+    colours = arm_colours(data["runs"])
+    series = [mean_curve([r for r in data["runs"] if r["arm"] == arm], axis, c) for arm, c in colours.items()]
     ceiling = loss_ceiling([s.points[-1][1] for s in series])
     within = [s for s in series if s.points[-1][1] <= ceiling]
     for s in series:
@@ -103,8 +110,9 @@ def front_chart(data: Data) -> str:
     parts.append(svg.path([(across(a), up(b)) for a, b in dense], css="line dashed c0"))
     ends = [(across(r["train_seconds"]["mean"]), max(up(r["eval_loss"]["mean"]), top)) for r in rows]
     places = svg.spread_labels([y for _, y in ends], apart=15, low=top, high=bottom)
+    colours, labels = arm_colours(rows), []
     for i, (row, (x, y), place) in enumerate(zip(rows, ends, places, strict=True)):
-        colour = f"c{i % COLOURS}"
+        colour = f"c{colours[row['arm']]}"
         loss = row["eval_loss"]
         name = row["arm"] if loss["mean"] <= ceiling else f"{row['arm']} ↑ {loss['mean']:.2f}"
         low, high = (max(up(v), top) for v in (loss["low"], loss["high"]))
@@ -117,8 +125,8 @@ def front_chart(data: Data) -> str:
             leader = f'x1="{x:.1f}" y1="{y:.1f}" x2="{x + (-9 if flip else 9):.1f}" y2="{place:.1f}"'
             parts.append(f'<line class="leader {colour}" {leader}/>')
         at = x - 11 if flip else x + 11
-        parts.append(svg.text(at, place + 4, name, css=f"label {colour}", anchor="end" if flip else "start"))
-    return _standalone(f'<svg viewBox="0 0 {width} {height}" role="img">{"".join(parts)}</svg>')
+        labels.append(svg.text(at, place + 4, name, css=f"label {colour}", anchor="end" if flip else "start"))
+    return _standalone(f'<svg viewBox="0 0 {width} {height}" role="img">{"".join([*parts, *labels])}</svg>')
 
 
 def bench_chart(data: Data) -> str:
