@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -137,6 +138,19 @@ def test_other_machines_and_early_learning_rates_are_held_against_it(tmp_path: P
     doubts = " ".join(build_report([folder]).summary["doubts"])
     assert "differ in their machine" in doubts
     assert "still at learning rate" in doubts
+
+
+def test_dense_arms_of_one_step_at_two_speeds_are_held_against_it(tmp_path: Path) -> None:
+    folder = tmp_path / "quickstart"
+    write_run(folder / "dense", arm="dense", rate=400.0)
+    write_run(folder / "sat", arm="sat", method=SAT, rate=480.0)
+    short = write_run(folder / "dense-short", arm="dense-short", steps=87, rate=410.0)
+    assert "take the same step" not in " ".join(build_report([folder]).summary["doubts"])
+    shutil.rmtree(short)
+    write_run(short, arm="dense-short", steps=87, rate=500.0)
+    doubts = " ".join(build_report([folder]).summary["doubts"])
+    assert "dense and dense-short take the same step, yet ran at 400 and 500 tokens/s" in doubts
+    assert "moved by 25%" in doubts
 
 
 def test_damaged_files_become_notes(tmp_path: Path) -> None:

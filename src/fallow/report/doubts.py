@@ -13,6 +13,9 @@ from typing import Any
 from fallow.report.analysis import Comparison, curve, interpolate
 from fallow.report.loading import Run, lookup, number
 
+DRIFT = 0.05
+"""Two arms of the same step whose speeds differ by more than this share ran on a machine that changed (ours)."""
+
 
 def doubts(comparison: Comparison) -> list[str]:
     """What the reader should hold against the figures: one line each, empty when nothing is amiss."""
@@ -42,9 +45,30 @@ def doubts(comparison: Comparison) -> list[str]:
                 f"Loss at equal seconds is not given for {', '.join(unread)}: the evaluations lie too far apart to "
                 "read a loss between them. Set eval_every, or add a dense arm with equal_seconds_to."
             )
+        lines += _drift_doubt(comparison)
         lines += _learning_rate_doubt(comparison)
         if max(len(arm.runs) for arm in comparison.arms) == 1:
             lines.append("One seed per arm: gaps of about 0.01 nats or less may be chance.")
+    return lines
+
+
+def _drift_doubt(comparison: Comparison) -> list[str]:
+    """Dense arms that differ in their length alone take the same step: what their speeds differ by is the machine."""
+    alike = ("batch_size", "seq_len", "accumulate", "compile", "gradient_checkpointing")
+    speeds: dict[str, list[tuple[float, str]]] = {}
+    for arm in comparison.arms:
+        if arm.method is None and arm.tokens_per_second is not None and arm.status == "finished":
+            key = json.dumps([lookup(arm.runs[0].info, "recipe", name) for name in alike])
+            speeds.setdefault(key, []).append((arm.tokens_per_second.mean, arm.label))
+    lines = []
+    for found in speeds.values():
+        (slow, slower), (fast, faster) = min(found), max(found)
+        if slow > 0 and fast / slow > 1 + DRIFT:
+            lines.append(
+                f"{slower} and {faster} take the same step, yet ran at {slow:,.0f} and {fast:,.0f} tokens/s: the "
+                f"machine's pace moved by {fast / slow - 1:.0%} between arms, and no ratio of speeds here, nor what is "
+                "read at equal seconds, is surer than that."
+            )
     return lines
 
 
