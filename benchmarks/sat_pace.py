@@ -6,7 +6,9 @@ The arms of an experiment run one after the other, for minutes each, on machines
 their wall clock compares machines as much as methods. Here one model and one optimizer serve all forms in turn, on the
 recipe's own batches and with a learning rate of 0, so that every form meets the same weights at the same moment. A turn
 is as many steps as the widest `refresh_every`, so that each form pays for choosing as often as it does in a run.
-`sat_experiments.py collate` then gives every run, besides its own clock, its seconds at this pace.
+A lazy form has an optimizer state of its own, because its clocks would slow the others' steps. `--arms` adds to what an
+earlier call has measured; each ratio is against the dense of its own call. `sat_experiments.py collate` then gives
+every run, besides its own clock, its seconds at this pace.
 """
 
 from __future__ import annotations
@@ -68,7 +70,7 @@ def run(options: argparse.Namespace) -> Path:
     arms: dict[str, Recipe] = {}
     for file in experiments.one_at_a_time(recipe, 0, options.arms, options.data, backwards=False):
         for arm, settings in resolve_arms(file, {"output": options.output}).items():
-            if settings.equal_seconds_to is None and (settings.method != "none" or arm == "dense-s0"):
+            if settings.method != "none" or arm == "dense-s0":  # dense runs of any length take one step
                 arms[arm.removesuffix("-s0")] = settings
     timing, turn = measure(arms, rounds=options.rounds)
     forms = {
@@ -81,11 +83,22 @@ def run(options: argparse.Namespace) -> Path:
     }
     for arm, found in forms.items():
         print(f"{arm:<16} {found['ms_per_step']:8.0f} ms a step  {found['ratio']:.3f}× dense")
-    result = {"rounds": options.rounds, "steps_per_turn": turn, "machine": machine.describe(), "forms": forms}
     path = Path(options.output) / name / "pace.json"
+    earlier = json.loads(path.read_text())["forms"] if options.arms and path.exists() else {}
+    forms = {arm: found | {"rounds": options.rounds} for arm, found in forms.items()}
+    result = {
+        "steps_per_turn": turn,
+        "machine": machine.describe(),
+        "forms": forms | earlier | _asked(forms, options.arms),
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, (json.dumps(result, indent=1) + "\n").encode())
     return path
+
+
+def _asked(forms: dict[str, Any], arms: Sequence[str] | None) -> dict[str, Any]:
+    """What replaces an earlier measurement: the arms asked for, not the dense they were measured beside."""
+    return {arm: found for arm, found in forms.items() if arms and arm in arms}
 
 
 def measure(arms: dict[str, Recipe], *, rounds: int) -> tuple[Timing, int]:
@@ -104,18 +117,25 @@ def measure(arms: dict[str, Recipe], *, rounds: int) -> tuple[Timing, int]:
     batches = [collate([rows[i] for i in order[s * per : (s + 1) * per]]) for s in range(turn)]
     optimizer = adamw_for(model, lr=0.0, weight_decay=recipe.weight_decay, betas=recipe.betas)
     parameters = [p for p in model.parameters() if p.requires_grad]
+    lazy_state: dict[Any, Any] = {}
     timing = Timing({arm: [] for arm in arms})
     names = list(arms)
     for i in range(rounds + 1):
         for arm in names if i % 2 == 0 else reversed(names):
             config = configs[arm]
             handle: Any = fallow.sparsify(model, config) if config is not None else None
+            used = optimizer
+            if getattr(config, "lazy", False):
+                used = handle.optimizer(lr=0.0, weight_decay=recipe.weight_decay, betas=recipe.betas)
+                used.state.update(lazy_state)
 
             def before(step: int, handle: Any = handle) -> None:
                 if handle is not None:
                     handle.before_step(step, FAR)
 
-            seconds = _turn(model, batches, optimizer, parameters, recipe.clip, before)
+            seconds = _turn(model, batches, used, parameters, recipe.clip, before)
+            if used is not optimizer:
+                lazy_state = dict(used.state)
             if handle is not None:
                 handle.remove()
             if i > 0:
