@@ -4,9 +4,10 @@
     python benchmarks/gpu_all.py --only sat --quick   # fewer rounds, no max-autotune baseline
     python benchmarks/gpu_all.py --interpret-check    # no GPU: the gates only, through Triton's interpreter
 
-The figure is forward + backward of one layer, bf16, 4×2,048 tokens, selection included, against the fastest dense form
-found (eager, compiled, compiled with max-autotune). Forms run interleaved in one process, timed by CUDA events; a ratio
-is the median of ratios within a round. A red gate prints no ratio. A further op joins `BENCHES` with one row.
+The figure is forward + backward of one layer ("smet": a whole training step), bf16, 4×2,048 tokens, selection included,
+against the fastest dense form found (eager, compiled, max-autotune). Forms run interleaved in one process, timed by
+CUDA events; a ratio is the median of ratios within a round. A red gate prints no ratio. A further op joins `BENCHES`
+with one row.
 Exit codes: 0 done, 1 a gate is red, 2 this machine cannot run it.
 """
 
@@ -20,37 +21,22 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import gpu_smet
 from gpu_gates import gate_subset_ffn
+from gpu_timing import SEQ_LEN, SEQUENCES, Row, Settings, Step, case_named, compile_options, interleave
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from fallow.bench.harness import Timing
-    from fallow.bench.sat import Case
 
-Row = dict[str, Any]
-Step = Callable[[], object]
 LAYERS = ("1b-layer", "7b-layer", "8b-layer")
 RATES = (0.25, 0.5)
-SEQUENCES, SEQ_LEN = 4, 2048
-
-
-@dataclass(kw_only=True, slots=True, frozen=True)
-class Settings:
-    rounds: int = 30
-    """Timed rounds per case; each runs every form once."""
-    warm_up: int = 5
-    """Untimed rounds, after compilation."""
-    max_autotune: bool = True
-    """Also time dense compiled with mode="max-autotune-no-cudagraphs"."""
-    device: str = "cuda"
-    """Where tensors live."""
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -60,39 +46,10 @@ class Bench:
     """(device, interpreted) -> worst relative error per path; raises GateError on one that is too large."""
     run: Callable[[Settings], list[Row]]
     """Settings -> rows."""
-
-
-def interleave(forms: dict[str, Step], settings: Settings) -> Timing:
-    """`fallow.bench.harness.interleave` with CUDA events: device time of each form, in alternating order."""
-    import torch
-
-    from fallow.bench.harness import Timing
-
-    events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in forms}
-    for i in range(settings.warm_up + settings.rounds):
-        for name in forms if i % 2 == 0 else reversed(list(forms)):
-            pair = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
-            pair[0].record()
-            forms[name]()
-            pair[1].record()
-            if i >= settings.warm_up:
-                events[name].append(pair)
-        torch.cuda.synchronize()
-    return Timing({name: [a.elapsed_time(b) / 1e3 for a, b in pairs] for name, pairs in events.items()})
-
-
-def _case(name: str) -> Case:
-    from fallow.bench.sat import CASES
-
-    return replace(CASES[name], sequences=SEQUENCES, seq_len=SEQ_LEN)
-
-
-def _compile_options(settings: Settings) -> dict[str, dict[str, Any]]:
-    """Dense forms: name -> options of torch.compile, empty for eager."""
-    forms: dict[str, dict[str, Any]] = {"dense/eager": {}, "dense/compiled": {"dynamic": False}}
-    if settings.max_autotune:
-        forms["dense/max-autotune"] = {"dynamic": False, "mode": "max-autotune-no-cudagraphs"}
-    return forms
+    break_even: Callable[[list[Row]], dict[str, float | None]]
+    """Rows -> per case and form, the `rate` at which it costs as much as dense; None if there is none."""
+    rate: str
+    """What is varied: "omission rate", …"""
 
 
 def _rows(case: str, rate: float, timing: Timing, ideal: float, dense_flops: float, **more: object) -> list[Row]:
@@ -133,7 +90,7 @@ def bench_ffn(name: str, rate: float, omit_in: str, settings: Settings) -> list[
     from fallow.methods.sat.schedule import kept_channels
     from fallow.ops.subset_ffn import cpu, naive, triton
 
-    s = _case(name).shape
+    s = case_named(name).shape
     tokens = SEQUENCES * SEQ_LEN
     shapes = {
         "x_TD": (tokens, s.d_model),
@@ -159,7 +116,7 @@ def bench_ffn(name: str, rate: float, omit_in: str, settings: Settings) -> list[
 
     forms = {
         form: step(torch.compile(naive.subset_ffn, **options) if options else naive.subset_ffn, None)
-        for form, options in _compile_options(settings).items()
+        for form, options in compile_options(settings).items()
     }
     for variant in triton.VARIANTS:
         forms[f"sparse/triton-{variant}"] = step(triton.subset_ffn, idx, omit_in=omit_in, variant=variant)
@@ -176,10 +133,10 @@ def bench_layer(name: str, rate: float, settings: Settings) -> list[Row]:
     import torch
 
     import fallow
-    from fallow.bench.sat import build
+    from fallow.bench.steps import build
     from fallow.ops import used
 
-    case = _case(name)
+    case = case_named(name)
     stock: Any = build(case, torch.bfloat16)
     ids = torch.randint(0, 256, (SEQUENCES, SEQ_LEN), device=settings.device)
 
@@ -197,7 +154,7 @@ def bench_layer(name: str, rate: float, settings: Settings) -> list[Row]:
         return model
 
     forms: dict[str, Step] = {}
-    for form, options in _compile_options(settings).items():
+    for form, options in compile_options(settings).items():
         forms[form] = step(compiled(copy.deepcopy(stock).to(settings.device), options), lambda: None)
     handles = []
     for form, options in {"sparse/eager": {}, "sparse/compiled": {"dynamic": False}}.items():
@@ -229,14 +186,23 @@ def bench_sat(settings: Settings) -> list[Row]:
     return rows
 
 
-BENCHES = [Bench(name="sat", gate=gate_subset_ffn, run=bench_sat)]
-
-
 def break_even_by_form(rows: list[Row]) -> dict[str, float | None]:
     """Omission rate at which a form costs as much as dense, per case, form and mode; None if there is none."""
     from fallow.bench.sat import break_even
 
     return break_even([r | {"case": f"{r['case']}/{r['backend']}/{r['omit_in']}"} for r in rows])
+
+
+BENCHES = [
+    Bench(name="sat", gate=gate_subset_ffn, run=bench_sat, break_even=break_even_by_form, rate="omission rate"),
+    Bench(
+        name="smet",
+        gate=gpu_smet.gate_smet,
+        run=gpu_smet.bench_smet,
+        break_even=gpu_smet.break_even_by_form,
+        rate="density",
+    ),
+]
 
 
 def main() -> int:
@@ -275,9 +241,9 @@ def main() -> int:
             continue
         rows = bench.run(settings)
         result = {"bench": bench.name, "machine": describe(), "versions": versions(), "gate": "passed"}
-        result |= {"gate_errors": errors, "rows": rows, "break_even": break_even_by_form(rows)}
+        result |= {"gate_errors": errors, "rows": rows, "break_even": bench.break_even(rows)}
         for form, rate in result["break_even"].items():
-            print(f"  {form}: break-even at omission rate {'not found' if rate is None else f'{rate:.2f}'}")
+            print(f"  {form}: break-even at {bench.rate} {'not found' if rate is None else f'{rate:.2f}'}")
         device = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
         args.out.mkdir(parents=True, exist_ok=True)
         path = args.out / f"{bench.name}-{device}.json"

@@ -7,6 +7,8 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from results_page import standalone
+
 from fallow.report import svg
 from fallow.report.analysis import interpolate
 from fallow.report.charts import COLOURS, Axis, Series, line_chart
@@ -14,23 +16,6 @@ from fallow.report.svg import Scale
 
 SETTLED = 0.3
 """The loss axis ends at the highest loss an arm has after this share of its run: the fall before it hides the rest."""
-
-_CSS = """
-svg { --card: #fff; --ink: #1b1f1d; --soft: #565d59; --faint: #e6e4dd; --hair: #d6d3ca; background: var(--card);
-  --c0: #23282b; --c1: #0a62c4; --c2: #c2410c; --c3: #0b7a6c; --c4: #9d2f86; --c5: #876000; --c6: #5a55c8; }
-@media (prefers-color-scheme: dark) {
-svg { --card: #1a1e1b; --ink: #eceee9; --soft: #a7afa9; --faint: #2a2f2b; --hair: #3a413c;
-  --c0: #e8ebe6; --c1: #6cb0ff; --c2: #ff9d5c; --c3: #3ccfb4; --c4: #f08bd0; --c5: #e3b341; --c6: #b0a8ff; } }
-text { font: 12px system-ui, -apple-system, "Segoe UI", Roboto, Arial, sans-serif; fill: var(--soft); }
-.title { font-weight: 600; } .value { fill: var(--ink); }
-.line { fill: none; stroke: currentColor; stroke-width: 2.1; stroke-linejoin: round; }
-.dashed { stroke-dasharray: 5 5; }
-.dot { fill: currentColor; stroke: var(--card); } .band { fill: currentColor; opacity: .15; } .cursor { display: none; }
-.leader { stroke: currentColor; opacity: .7; stroke-dasharray: 1 3; } .grid { stroke: var(--faint); }
-.axis { stroke: var(--hair); } .whisker { stroke: currentColor; stroke-width: 1.4; opacity: .6; }
-.label { fill: currentColor; font-weight: 500; paint-order: stroke; stroke: var(--card); stroke-width: 3px; }
-.bar { fill: currentColor; } .ideal { stroke: var(--ink); stroke-width: 2; stroke-dasharray: 3 2; }
-""" + " ".join(f".c{i} {{ color: var(--c{i}); }}" for i in range(COLOURS))
 
 Data = dict[str, Any]
 
@@ -89,7 +74,7 @@ def curves_chart(data: Data, axis: str, x: Axis) -> str:
     drawing = re.search(r'<svg class="chart wide".*?</svg>', body, flags=re.S)
     if drawing is None:
         raise ValueError(f"{data['experiment']}: no arm has two evaluations to draw a line through")
-    return _standalone(drawing[0])
+    return standalone(drawing[0])
 
 
 def front_chart(data: Data) -> str:
@@ -126,7 +111,7 @@ def front_chart(data: Data) -> str:
             parts.append(f'<line class="leader {colour}" {leader}/>')
         at = x - 11 if flip else x + 11
         labels.append(svg.text(at, place + 4, name, css=f"label {colour}", anchor="end" if flip else "start"))
-    return _standalone(f'<svg viewBox="0 0 {width} {height}" role="img">{"".join([*parts, *labels])}</svg>')
+    return standalone(f'<svg viewBox="0 0 {width} {height}" role="img">{"".join([*parts, *labels])}</svg>')
 
 
 def bench_chart(data: Data) -> str:
@@ -151,7 +136,7 @@ def bench_chart(data: Data) -> str:
         parts.append(f'<line class="ideal" x1="{ideal:.1f}" x2="{ideal:.1f}" y1="{y - 3}" y2="{y + 21}"/>')
         words = f"{row['ratio']:.2f}× of {row['ideal']:.2f}×"
         parts.append(svg.text(max(end, ideal) + 8, y + 13, words, css="value"))
-    return _standalone(f'<svg viewBox="0 0 {right + 110:.0f} {bottom + 26:.0f}" role="img">{"".join(parts)}</svg>')
+    return standalone(f'<svg viewBox="0 0 {right + 110:.0f} {bottom + 26:.0f}" role="img">{"".join(parts)}</svg>')
 
 
 def _bench_label(row: Data) -> str:
@@ -174,12 +159,3 @@ def _grid(across: Scale, up: Scale, x_title: str, y_title: str) -> list[str]:
     parts.append(f'<line class="axis" x1="{across.start}" x2="{across.end}" y1="{up.start}" y2="{up.start}"/>')
     parts.append(svg.text((across.start + across.end) / 2, up.start + 35, x_title, css="title", anchor="middle"))
     return parts
-
-
-def _standalone(drawing: str) -> str:
-    """An `<svg>` of a page as a file of its own, with its styles; hover data left out."""
-    body = re.sub(r' data-[a-z]+="[^"]*"', "", drawing)
-    return (
-        body.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1).replace(">", f"><style>{_CSS}</style>", 1)
-        + "\n"
-    )

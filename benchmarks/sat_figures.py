@@ -9,14 +9,12 @@ fallow's own report code: a plotting library would be a dependency of the docume
 
 from __future__ import annotations
 
-import argparse
 import json
-import re
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from results_page import fill, machine_line, main, markdown_table
 from sat_charts import bench_chart, curves_chart, front_chart
 
 from fallow.report.charts import Axis
@@ -33,21 +31,6 @@ _CLOCKS = {
 }
 
 Data = dict[str, Any]
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit codes: 0 done, 1 a JSON file or the page cannot be used."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "results" / "sat.md")
-    options = parser.parse_args(argv)
-    try:
-        for line in make(options.results, options.page):
-            print(line)
-    except (OSError, ValueError, KeyError) as error:
-        print(f"sat_figures: {type(error).__name__}: {error}; make the JSON files anew", file=sys.stderr)
-        return 1
-    return 0
 
 
 def make(results: Path, page: Path) -> list[str]:
@@ -76,19 +59,10 @@ def make(results: Path, page: Path) -> list[str]:
         for figure, draw in drawings.items():
             (figures / f"{figure}.svg").write_text(draw(data), encoding="utf-8")
             links.append(f"![{figure}](figures/{figure}.svg)")
-        text = fill(text, short, "\n\n".join([table(data), _machine(data), *links]))
+        text = fill(text, short, "\n\n".join([table(data), machine_line(data), *links]))
         said.append(f"{name}: table {short}, {len(links)} figures")
     page.write_text(text, encoding="utf-8")
     return said
-
-
-def fill(text: str, name: str, block: str) -> str:
-    """`text` with `block` between the markers of table `name`. Raises ValueError when they are not there once."""
-    pattern = rf"(<!-- table: {re.escape(name)} -->\n).*?(<!-- end -->)"
-    filled, count = re.subn(pattern, lambda m: f"{m[1]}{block}\n{m[2]}", text, flags=re.S)
-    if count != 1:
-        raise ValueError(f"the page needs `<!-- table: {name} -->` … `<!-- end -->` once, found {count}")
-    return filled
 
 
 def bench_table(data: Data) -> str:
@@ -109,7 +83,7 @@ def bench_table(data: Data) -> str:
     ]  # fmt: skip
     even = "; ".join(f"{case} {rate:.2f}" for case, rate in data["break_even"].items() if rate is not None)
     line = f"\n\nBreak-even omission rate, on the line through two rates: {even}." if even else ""
-    return _table(head, rows) + line
+    return markdown_table(head, rows) + line
 
 
 def experiment_table(data: Data) -> str:
@@ -134,7 +108,7 @@ def experiment_table(data: Data) -> str:
         f"{recipe['steps']} steps of {recipe['batch_size'] * recipe['accumulate']}×{recipe['seq_len']} tokens,"
         f" lr {recipe['lr']:g} {recipe['schedule']}, {data['precision']['dtype']}. {_CLOCKS[data['clock']]}"
     )
-    return f"{_table(head, rows)}\n\n{note}"
+    return f"{markdown_table(head, rows)}\n\n{note}"
 
 
 def _figure(value: Data | None, form: str, *, unit: str = "", ranged: bool = True, scale: float = 1.0) -> str:
@@ -146,18 +120,6 @@ def _figure(value: Data | None, form: str, *, unit: str = "", ranged: bool = Tru
     return f"{words} [{value['low'] / scale:{form}} … {value['high'] / scale:{form}}]"
 
 
-def _table(head: str, rows: Sequence[Sequence[str]]) -> str:
-    rule = ["---", *["---:"] * head.count(" | ")]
-    return "\n".join([f"| {head} |", *(f"| {' | '.join(cells)} |" for cells in (rule, *rows))])
-
-
-def _machine(data: Data) -> str:
-    m, others = data["machine"], data.get("elsewhere")
-    torch = f", torch {data['versions']['torch']}" if "versions" in data else ""
-    words = f"Machine: {m['cpu']}, {m['threads']} threads, {m['memory_gb']} GB{torch}"
-    return words + (f"; elsewhere or with other versions: {', '.join(others)}" if others else "") + "."
-
-
 def _experiment_charts(name: str) -> dict[str, Callable[[Data], str]]:
     return {
         f"{name}-seconds": lambda data: curves_chart(data, "seconds", Axis(title="training seconds")),
@@ -167,4 +129,4 @@ def _experiment_charts(name: str) -> dict[str, Callable[[Data], str]]:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main(make, "sat.md", __doc__))

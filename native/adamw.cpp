@@ -103,6 +103,85 @@ struct MaskedRow {
   }
 };
 
+// What entries of different age share: tables over the age byte, and the stochastic rounding of bf16 state.
+struct Aged {
+  const uint8_t* age;         // one per entry
+  const float* step_size;     // [256]: lr / (1 - beta1^t) times the warm-up ramp, t the entry's own step count
+  const float* bias2_sqrt;    // [256]
+  int64_t offset;             // number of the first entry in the unsharded parameter
+  uint32_t salt;              // of this parameter and step
+};
+
+// 32 random bits of (entry, salt): the finaliser of MurmurHash3. Numbered by entry, so threads and shards do not change it.
+FALLOW_INLINE uint32_t random_bits(uint32_t entry, uint32_t salt) {
+  uint32_t x = entry * 0x9e3779b9u + salt;
+  x ^= x >> 16;
+  x *= 0x85ebca6bu;
+  x ^= x >> 13;
+  x *= 0xc2b2ae35u;
+  return x ^ (x >> 16);
+}
+
+// bf16 by stochastic rounding: `noise` in [0, 65536) is added below the last kept bit. The mean is exact, which nearest rounding of
+// 0.999 v is not: it gives v back for ever. Infinities and NaN pass through.
+FALLOW_INLINE bf16 rounded_stochastically(float x, uint32_t noise) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  const bool finite = (bits & 0x7f800000u) != 0x7f800000u;
+  return bf16{uint16_t((bits + (finite ? noise : 0u)) >> 16)};
+}
+
+// P parameter, G gradient, S moments; with bf16 moments a bf16 parameter has no master and is rounded stochastically too.
+template <class P, class G, class S>
+struct AgedSpan {
+  template <bool kFma>
+  static FALLOW_INLINE void run(const AdamWTensor* t, const Scalars* s, const Aged* a, int64_t begin, int64_t end) {
+    constexpr bool kMaster = sizeof(P) == 2 && sizeof(S) == 4;
+    P* __restrict param = static_cast<P*>(t->param) + begin;
+    float* __restrict master = kMaster ? t->master + begin : nullptr;
+    S* __restrict exp_avg = reinterpret_cast<S*>(t->exp_avg) + begin;
+    S* __restrict exp_avg_sq = reinterpret_cast<S*>(t->exp_avg_sq) + begin;
+    const G* __restrict grad = static_cast<const G*>(t->grad) + begin;
+    const uint8_t* __restrict age = a->age + begin;
+    const float* __restrict step_size = a->step_size;
+    const float* __restrict bias2_sqrt = a->bias2_sqrt;
+    const uint32_t first = uint32_t(a->offset + begin), salt = a->salt;
+    const Scalars scalars = *s;
+#pragma GCC ivdep
+    for (int64_t i = 0; i < end - begin; ++i) {
+      float weight;
+      if constexpr (kMaster) weight = master[i];
+      else weight = to_float(param[i]);
+      float m = to_float(exp_avg[i]), v = to_float(exp_avg_sq[i]);
+      const uint32_t cohort = age[i];
+      update<kFma>(scalars, step_size[cohort], bias2_sqrt[cohort], to_float(grad[i]), weight, m, v);
+      if constexpr (sizeof(S) == 2) {
+        const uint32_t noise = random_bits(first + uint32_t(i), salt);
+        exp_avg[i] = rounded_stochastically(m, noise & 0xffffu);
+        exp_avg_sq[i] = rounded_stochastically(v, noise >> 16);
+        if constexpr (sizeof(P) == 2) param[i] = rounded_stochastically(weight, random_bits(first + uint32_t(i), ~salt) & 0xffffu);
+        else param[i] = weight;
+      } else {
+        exp_avg[i] = m;
+        exp_avg_sq[i] = v;
+        if constexpr (kMaster) master[i] = weight;
+        from_float(weight, &param[i]);
+      }
+    }
+  }
+};
+
+template <class S>
+void aged_span(const AdamWTensor* t, const Scalars* s, const Aged* a, int64_t begin, int64_t end) {
+  if (t->param_bf16) {
+    if (t->grad_bf16) dispatch<AgedSpan<bf16, bf16, S>>(t, s, a, begin, end);
+    else dispatch<AgedSpan<bf16, float, S>>(t, s, a, begin, end);
+  } else {
+    if (t->grad_bf16) dispatch<AgedSpan<float, bf16, S>>(t, s, a, begin, end);
+    else dispatch<AgedSpan<float, float, S>>(t, s, a, begin, end);
+  }
+}
+
 template <template <class, class> class Kernel, class... Args>
 void by_dtype(const AdamWTensor* t, Args... args) {
   if (t->param_bf16) {
@@ -168,6 +247,22 @@ FALLOW_API void fallow_adamw_cols(const AdamWTensor* t, int64_t rows, int64_t wi
   const int32_t* on = active.data();
   parallel(rows, n_threads, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) by_dtype<MaskedRow>(t, &scalars, sizes, biases, on, row, width);
+  });
+}
+
+// Every entry has a clock of its own, told by its age byte. `moments_bf16`: moments, and a bf16 parameter without master, are rounded
+// stochastically.
+FALLOW_API void fallow_adamw_aged(const AdamWTensor* t, const uint8_t* age, const float* step_size, const float* bias2_sqrt,
+                                  int64_t offset, uint32_t salt, int moments_bf16, const AdamWHyper* hyper, int n_threads) {
+  constexpr int64_t kChunk = 1 << 15;
+  const Scalars scalars(*hyper);
+  const Aged aged{age, step_size, bias2_sqrt, offset, salt};
+  parallel((t->numel + kChunk - 1) / kChunk, n_threads, [&](int64_t begin, int64_t end) {
+    for (int64_t chunk = begin; chunk < end; ++chunk) {
+      const int64_t first = chunk * kChunk, last = std::min(first + kChunk, t->numel);
+      if (moments_bf16) aged_span<bf16>(t, &scalars, &aged, first, last);
+      else aged_span<float>(t, &scalars, &aged, first, last);
+    }
   });
 }
 

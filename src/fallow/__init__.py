@@ -7,8 +7,11 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from fallow.errors import FallowError as FallowError
+    from fallow.exporting import export as export
+    from fallow.exporting.packed import load_packed as load_packed
     from fallow.handle import sparsify as sparsify
     from fallow.methods.sat import SAT as SAT
+    from fallow.methods.smet import SMET as SMET
     from fallow.training.callback import SparsityCallback as SparsityCallback
 
 __version__ = "0.1.0"
@@ -16,11 +19,14 @@ __version__ = "0.1.0"
 _HOMES = {
     "FallowError": "fallow.errors",
     "SAT": "fallow.methods.sat",
+    "SMET": "fallow.methods.smet",
     "SparsityCallback": "fallow.training.callback",
+    "export": "fallow.exporting",
+    "load_packed": "fallow.exporting.packed",
     "sparsify": "fallow.handle",
 }
 
-__all__ = ["SAT", "FallowError", "SparsityCallback", "__version__", "sparsify"]
+__all__ = ["SAT", "SMET", "FallowError", "SparsityCallback", "__version__", "export", "load_packed", "sparsify"]
 
 
 def __getattr__(name: str) -> object:

@@ -49,6 +49,12 @@ class Method(ABC):
         """Numbers per layer, in layer order, keyed by what they are (e.g. `omit_ffn`)."""
         return {}
 
+    def memory(self) -> dict[str, Any]:
+        """Bytes of model state on this rank, where the method changes them: `sparse` by kind, `sparse_total`,
+        `sparse_dense` (the same layers under dense AdamW), `ratio`, `predicted` by kind, `rest`, `scratch`. Empty where
+        it does not. Call it between `backward` and `zero_grad`: gradients are counted only while they exist."""
+        return {}
+
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs beyond weights and optimizer: tensors and plain scalars only."""

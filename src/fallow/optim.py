@@ -142,6 +142,8 @@ class AdamW(torch.optim.Optimizer):
                 state = self._state_of(param)
                 state["step"] += 1
                 part = self._tensors(param, state)
+                if self._own_update(param, state, part, group, hyper):
+                    continue
                 taken = self.lazy(param) if self.lazy is not None else None
                 if taken is None and "clock" not in state:
                     tensors.append(part)
@@ -150,6 +152,12 @@ class AdamW(torch.optim.Optimizer):
                     self._lazy_step(param, state, part, taken, hyper)
             adamw.dense(tensors, steps, hyper)
         return loss
+
+    def _own_update(
+        self, param: nn.Parameter, state: dict[str, Any], part: adamw.Tensors, group: dict[str, Any], hyper: adamw.Hyper
+    ) -> bool:
+        """For subclasses: update `param` in another way and return True."""
+        return False
 
     def _state_of(self, param: nn.Parameter) -> dict[str, Any]:
         state = self.state[param]
@@ -201,6 +209,11 @@ class AdamW(torch.optim.Optimizer):
             index = index[(index >= start) & (index < start + length)] - start
         adamw.subset(part, dim, index, _local(state["clock"]), hyper)
 
+    def _needed(self, param: Tensor) -> dict[str, torch.dtype]:
+        """State tensors of `param`'s shape that a saved state must hold."""
+        needed = {"exp_avg": torch.float32, "exp_avg_sq": torch.float32}
+        return needed | ({"master": torch.float32} if param.dtype != torch.float32 else {})
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore `state_dict()` bit for bit.
 
@@ -222,13 +235,12 @@ class AdamW(torch.optim.Optimizer):
             saved = state_dict["state"].get(saved_id)
             if not saved:
                 continue
-            needed = ("exp_avg", "exp_avg_sq") + (("master",) if param.dtype != torch.float32 else ())
-            for key in needed:
+            for key, dtype in self._needed(param).items():
                 value = saved.get(key)
-                if value is None or value.dtype != torch.float32 or value.shape != param.shape:
+                if value is None or value.dtype != dtype or value.shape != param.shape:
                     found = "nothing" if value is None else f"{value.dtype} {tuple(value.shape)}"
                     raise CheckpointError(
-                        f"optimizer state '{key}': wanted float32 {tuple(param.shape)}, found {found}; "
+                        f"optimizer state '{key}': wanted {dtype} {tuple(param.shape)}, found {found}; "
                         "it was saved by another optimizer or for another model, start without it"
                     )
             self.state[param] = {key: _restored(key, value, param) for key, value in saved.items()}
@@ -238,6 +250,15 @@ def _restored(key: str, value: Any, param: Tensor) -> Any:
     if not isinstance(value, Tensor):
         return value
     return value.detach().clone() if key == "step" else value.detach().clone().to(param.device)
+
+
+def decay_groups(params: list[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups: decay on matrices, none on biases and norms (1-D). Empty groups are left out."""
+    groups = [
+        {"params": [p for p in params if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return [g for g in groups if g["params"]]
 
 
 def adamw_for(
@@ -258,8 +279,6 @@ def adamw_for(
     trainable = [p for p in model.parameters() if p.requires_grad]
     if not trainable:
         raise ConfigError("the model has no trainable parameter; set requires_grad on what is to be trained")
-    groups = [
-        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    return AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, lazy=lazy)
+    return AdamW(
+        decay_groups(trainable, weight_decay), lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, lazy=lazy
+    )

@@ -10,7 +10,7 @@ import psutil
 import pytest
 import torch
 
-from fallow import cli
+from fallow import cli, machine
 from fallow.cli import doctor
 
 
@@ -62,12 +62,12 @@ def test_first_available_backend_is_the_used_one() -> None:
 
 
 def test_matmul_rates_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    rates = doctor.matmul_rates(torch.device("cpu"), seconds=0.02)
+    rates = machine.matmul_rates(torch.device("cpu"), seconds=0.02)
     assert rates["fp32"] > 0.1 and rates["bf16"] > 0.1
     assert rates["bf16_over_fp32"] == pytest.approx(rates["bf16"] / rates["fp32"], rel=0.05)
     # A machine on which every product takes 10 ms does 2·1024³ operations in that time.
-    monkeypatch.setattr(doctor, "_median_time", lambda call, seconds: 0.010)
-    assert doctor.matmul_rates(torch.device("cpu"))["fp32"] == pytest.approx(2 * 1024**3 / 0.010 / 1e9, rel=1e-3)
+    monkeypatch.setattr(machine, "_median_time", lambda call, seconds: 0.010)
+    assert machine.matmul_rates(torch.device("cpu"))["fp32"] == pytest.approx(2 * 1024**3 / 0.010 / 1e9, rel=1e-3)
 
 
 def test_missing_package_names_its_extra() -> None:

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
-from fallow import SAT, anatomy
+from fallow import SAT, SMET, anatomy
 from fallow.method import Method
 
 
@@ -29,6 +30,29 @@ class Row:
     """(handle after a step, stock copy of the model) -> context in which the copy computes that step with masks."""
     exact_loss: bool = False
     """The training loss is the dense one; only gradients are omitted."""
+    exact_zero: bool = True
+    """At zero sparsity the arithmetic is stock's to the bit, not only up to rounding."""
+    sparse_weights: bool = False
+    """Weights are sparse, not the computation: evaluation and both modes see the same model, and what a wrapped model's
+    `state_dict()` holds is smaller than the stock one."""
+
+    def gradients(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        """Gradients by stock parameter name, dense."""
+        found = {}
+        for name, p in model.named_parameters():
+            if p.grad is None:
+                continue
+            if self.sparse_weights and name.endswith(".values"):
+                layer = model.get_submodule(name.removesuffix(".values"))
+                name, gradient = name.removesuffix("values") + "weight", layer.densify(p.grad)
+                found[name] = gradient.t() if isinstance(layer.stock, Conv1D) else gradient
+            else:
+                found[name] = p.grad.clone()
+        return found
+
+    def choice(self, handle: Any) -> list[torch.Tensor]:
+        """What the method chose, layer by layer."""
+        return [x.mask() for x in handle.layers] if self.sparse_weights else [x.kept.clone() for x in handle.ffns]
 
 
 def sat_reference(handle: Any, stock: nn.Module) -> AbstractContextManager:
@@ -67,6 +91,24 @@ def sat_weight_grad_reference(handle: Any, stock: nn.Module) -> AbstractContextM
     return stack
 
 
+def smet_reference(handle: Any, stock: nn.Module) -> AbstractContextManager:
+    """A stock model with zeros in the dead weights, and masks on their gradients."""
+    stack = ExitStack()
+    for sparse, view in zip(handle.layers, anatomy.inspect(stock).linears, strict=True):
+        side = sparse.out_features // sparse.grid[0]
+        mask = sparse.mask().repeat_interleave(side, 0).repeat_interleave(side, 1)
+        with torch.no_grad():
+            view.weight().mul_(mask)
+        stored = mask.t() if isinstance(view.module, Conv1D) else mask
+        hook = view.module.weight.register_hook(lambda grad, mask=stored: grad * mask)
+        stack.callback(hook.remove)
+    return stack
+
+
+def smet(**settings: Any) -> Any:
+    return SMET(update_every=2, lr_exponent=0, **settings)
+
+
 ROWS = (
     Row(
         "sat",
@@ -94,5 +136,21 @@ ROWS = (
         lambda: SAT(omit=0.0, heads=0.0, omit_in="weight_grad"),
         sat_weight_grad_reference,
         exact_loss=True,
+    ),
+    Row("smet", lambda: smet(density=0.25), lambda: smet(density=1.0), smet_reference, sparse_weights=True),
+    Row(
+        "smet-unstructured-gradient",
+        lambda: smet(density=0.3, structure="unstructured", distribution="erk", growth="gradient"),
+        lambda: smet(density=1.0, structure="unstructured"),
+        smet_reference,
+        sparse_weights=True,
+    ),
+    Row(
+        "smet-block",
+        lambda: smet(density=0.5, block=16),
+        lambda: smet(density=1.0, block=16),
+        smet_reference,
+        exact_zero=False,
+        sparse_weights=True,
     ),
 )

@@ -27,6 +27,7 @@ def loss_of(model, ids):
 
 
 def grads(model):
+    """Of a stock model, or of two wrapped ones of the same kind."""
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
@@ -42,15 +43,19 @@ def sparse_model(row, family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("row", ROWS, ids=lambda r: r.name)
-def test_zero_sparsity_is_the_stock_model_bit_for_bit(row, family):
+def test_zero_sparsity_is_the_stock_model(row, family):
     stock, model = tiny_model(family).train(), tiny_model(family).train()
     handle = fallow.sparsify(model, row.zero())
     handle.before_step(0, 10)
     for m in (stock, model):
         loss_of(m, batch()).backward()
-    want, got = grads(stock), grads(model)
+    want, got = grads(stock), row.gradients(model)
     assert want.keys() == got.keys()
-    assert all(torch.equal(want[n], got[n]) for n in want)
+    for name in want:
+        if row.exact_zero:
+            assert torch.equal(want[name], got[name]), name
+        else:
+            torch.testing.assert_close(got[name], want[name], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -65,7 +70,7 @@ def test_step_equals_the_masked_reference(row, family):
         reference_loss = loss_of(stock, batch())
         reference_loss.backward()
     torch.testing.assert_close(sparse_loss, reference_loss, rtol=1e-5, atol=1e-6)
-    got, want = grads(model), grads(stock)
+    got, want = row.gradients(model), grads(stock)
     assert got.keys() == want.keys()
     for name in want:
         torch.testing.assert_close(got[name], want[name], rtol=2e-4, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
@@ -93,10 +98,15 @@ def test_remove_gives_stock_weights_that_stock_from_pretrained_loads(row, family
     model.save_pretrained(tmp_path / "wrapped")
     plain = handle.remove()
     assert {n: type(m) for n, m in plain.named_modules()} == stock_modules
-    assert wrapped.keys() == plain.state_dict().keys()
+    if row.sparse_weights:
+        stored = plain.state_dict()
+        assert sum(v.nbytes for v in wrapped.values()) < 0.75 * sum(v.nbytes for v in stored.values())
+        assert not {k for k in wrapped if k.endswith("proj.weight")}, "no dense weight is kept"
+    else:
+        assert wrapped.keys() == plain.state_dict().keys()
     plain.save_pretrained(tmp_path / "plain")
     plain.eval()
-    for folder in ("wrapped", "plain"):
+    for folder in ("plain",) if row.sparse_weights else ("wrapped", "plain"):
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / folder).eval()
         torch.testing.assert_close(loaded(batch(9)).logits, plain(batch(9)).logits, rtol=0, atol=0)
 
@@ -112,7 +122,7 @@ def test_evaluation_is_dense_and_mode_switches(row):
     handle.set_mode("sparse")
     again = float(loss_of(model, batch()).detach())
     in_eval = float(loss_of(model.eval(), batch()).detach())
-    assert in_dense_mode == dense == in_eval
+    assert in_dense_mode == in_eval == (sparse if row.sparse_weights else dense)
     assert again == sparse
     assert (abs(sparse - dense) > 1e-4) != row.exact_loss
     with pytest.raises(ConfigError, match="'dense' or 'sparse'"):
@@ -174,8 +184,11 @@ def test_accumulation_keeps_one_selection_for_the_step(row):
     kept = []
     for micro in range(3):
         (loss_of(model, batch(micro)) / 3).backward()
-        kept.append([f.kept.clone() for f in handle.ffns])
+        kept.append(row.choice(handle))
     assert all(torch.equal(a, b) for later in kept[1:] for a, b in zip(kept[0], later, strict=True))
+    if row.sparse_weights:
+        assert all(p.grad.shape == p.shape for p in model.parameters())
+        return
     for ffn in handle.ffns:
         omitted = torch.ones(ffn.view.n_channels, dtype=torch.bool)
         omitted[ffn.kept] = False

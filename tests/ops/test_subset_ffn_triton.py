@@ -7,20 +7,17 @@ variant only (its GEMMs are torch.mm); on a CUDA device it covers both.
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from importlib.util import find_spec
 from typing import Any
 
 import pytest
 import torch
+from tests.interpreter import INTERPRETED, passes_interpreted
 
 from fallow.errors import BackendError
 from fallow.ops.subset_ffn import naive, triton
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 RUNS = INTERPRETED or torch.cuda.is_available()
 DEVICE = "cpu" if INTERPRETED else "cuda"
 WEIGHTS = ("w_up_FD", "w_down_DF", "w_gate_FD")
@@ -32,15 +29,7 @@ needs_kernels = pytest.mark.skipif(not RUNS, reason="runs in the child process o
 @pytest.mark.skipif(RUNS, reason="this process runs the kernels already")
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed (pip install 'fallow[gpu]')")
 def test_through_the_interpreter():
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", __file__, "-x", "-p", "no:cacheprovider"],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
-    assert " passed" in run.stdout
+    passes_interpreted(__file__)
 
 
 def test_says_why_it_cannot_run():

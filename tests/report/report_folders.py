@@ -115,3 +115,46 @@ def quickstart(parent: Path, *, rate: float = 579.6, penalty: float = 0.021) -> 
     write_run(folder / "dense", arm="dense")
     write_run(folder / "sat", arm="sat", method=SAT, rate=rate, penalty=penalty, memory=1900.0)
     return write_compare(folder, ["dense", "sat"])
+
+
+SPARSE = {"name": "smet", "density": 0.25, "update_every": 30, "local_clock": True}
+DENSE_STATE = {"weights": 4_000_000, "gradients": 4_000_000, "moments": 8_000_000, "masters": 0, "clocks": 0}
+SPARSE_STATE = {
+    "weights": 1_000_000, "gradients": 1_000_000, "moments": 2_000_000, "masters": 0, "clocks": 250_000,
+    "topology": 125_000,
+}  # fmt: skip
+REST = 2_000_000
+
+
+def add_memory(folder: Path, layers: dict[str, int], *, density: float | None = None, **more: Any) -> None:
+    """Give a run the block of bytes that trainers write since the report has a section on memory; with `density`, also
+    what a method with sparse weights logs, its topology moving every 30 steps."""
+    total = sum(layers.values())
+    block = {"step": STEPS, "layers": layers, "layers_total": total, "rest": REST, "total": total + REST, "scratch": 0}
+    info = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(info | {"memory": block | more}))
+    if density is None:
+        return
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    kept = []
+    for line in lines:
+        kept.append({k: v for k, v in line.items() if not k.startswith("omit")})
+        if line["kind"] == "train":
+            kept[-1] |= {"density": density, "smet/density": density, "smet/updates": float(line["step"] // 30)}
+        if line["kind"] == "layers":
+            kept[-1]["density"] = [density] * LAYERS
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
+
+
+def pretraining(parent: Path) -> Path:
+    """Dense beside sparse weights of density 0.25, slower and a little behind, with blocks of bytes."""
+    folder = parent / "pretraining"
+    write_run(folder / "dense", arm="dense")
+    add_memory(folder / "dense", DENSE_STATE, files={"model": 4_100_000})
+    write_run(folder / "smet", arm="smet", method=SPARSE, rate=380.0, penalty=0.03, memory=1700.0)
+    add_memory(
+        folder / "smet", SPARSE_STATE, density=0.25, layers_dense=16_000_000, ratio=0.2734375,
+        predicted=SPARSE_STATE | {"clocks": 300_000}, scratch=65_536,
+        files={"checkpoint": 5_242_880, "checkpoint_weights": 2_097_152, "checkpoint_optimizer": 3_000_000},
+    )  # fmt: skip
+    return write_compare(folder, ["dense", "smet"])

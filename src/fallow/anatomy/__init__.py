@@ -9,7 +9,7 @@ from fallow.anatomy.families import FAMILIES
 from fallow.anatomy.ffn import ChannelParam, FFNView, FFNWeights
 from fallow.anatomy.heads import HeadParam
 from fallow.anatomy.inspection import Anatomy, inspect
-from fallow.anatomy.linear import LinearView
+from fallow.anatomy.linear import LinearView, out_dim
 
 __all__ = [
     "FAMILIES",
@@ -22,4 +22,5 @@ __all__ = [
     "HeadParam",
     "LinearView",
     "inspect",
+    "out_dim",
 ]

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from fallow.errors import GateError
 from fallow.ops import attention as attention_op
+from fallow.ops import block_linear as block_op
+from fallow.ops import packed as packed_op
 from fallow.ops import subset_ffn as ffn_op
 from fallow.ops import subset_linear as linear_op
 from fallow.ops.subset_ffn import subset_ffn
@@ -74,6 +76,35 @@ def check_subset_linear(*, dtypes: tuple[torch.dtype, ...] = DTYPES) -> dict[str
 
             pair = partial(op, backend=chosen), partial(op, backend="naive")
             _compare(f"subset_linear/{chosen}", side, *pair, named, dtype, worst)
+    return worst
+
+
+def check_smet(*, dtypes: tuple[torch.dtype, ...] = DTYPES) -> dict[str, float]:
+    """As `check_subset_ffn`, for the layers of SMET: packed weights and tiles, each against a masked dense layer."""
+    g = torch.Generator().manual_seed(10)
+    tokens, out, width, block = 45, 80, 112, 16
+    layout = packed_op.layout_of(torch.rand(out, width, generator=g) < 0.3)
+    tiles = block_op.tiles_of(torch.rand(out // block, width // block, generator=g) < 0.4, out, width, block)
+    n_tiles = int(tiles.rows_N.numel())
+    worst: dict[str, float] = {}
+    for dtype in dtypes:
+        named = _random({"x": (tokens, width), "values": (layout.n_active,), "b": (out,)}, dtype, "cpu", g)
+
+        def fast(x, values, b):
+            return packed_op.packed_linear(x, values, layout.bitmap_OB, layout.start_O1, b)
+
+        def truth(x, values, b):
+            return x @ torch.zeros(out, width, dtype=x.dtype).masked_scatter(layout.mask(), values).t() + b
+
+        _compare(f"packed_linear/{packed_op._choose(named['x'], None).name}", "", fast, truth, named, dtype, worst)
+        named = _random({"x": (tokens, width), "values": (n_tiles, block, block), "b": (out,)}, dtype, "cpu", g)
+
+        def op(x, values, b, *, backend):
+            return block_op.block_linear(x, values, tiles, b, backend=backend)
+
+        pair = partial(op, backend=None), partial(op, backend="naive")
+        chosen = block_op._choose(named["x"], tiles, None).name
+        _compare(f"block_linear/{chosen}", f"tiles of {block}", *pair, named, dtype, worst)
     return worst
 
 

@@ -22,6 +22,7 @@ VERBS = {
     "train": "one training run, dense or sparse; resumes where it stopped",
     "compare": "dense and sparse arms on the same data, then one report",
     "report": "one self-contained HTML page from run folders",
+    "export": "the trained model for stock transformers, or packed without its zeros; verified",
     "bench": "step and kernel times against the fastest dense form, with the break-even",
     "doctor": "what this machine can do: backends found, used, refused, and why",
 }

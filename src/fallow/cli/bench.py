@@ -11,16 +11,15 @@ from importlib import import_module
 from typing import Any
 
 from fallow.cli import VerbParser
+from fallow.errors import ConfigError
 
-BENCHES = ("sat",)
+BENCHES = ("sat", "smet")
 
 
 def bench_command(argv: list[str]) -> int:
     """Run one benchmark and print it. A red correctness gate is a GateError (exit code 1) and nothing is printed."""
     args = _parser().parse_args(argv)
-    options = {"cases": args.case, "quick": args.quick, "omit_in": args.omit_in}
-    if args.omit:
-        options["rates"] = tuple(args.omit)
+    options = {"cases": args.case, "quick": args.quick} | _own_options(args)
     result = import_module(f"fallow.bench.{args.name}").run(**options)
     if args.json:
         print(json.dumps(result))
@@ -29,16 +28,35 @@ def bench_command(argv: list[str]) -> int:
     return 0
 
 
+def _own_options(args: Any) -> dict[str, Any]:
+    """What only one of the benchmarks takes. Raises ConfigError for an option of another one."""
+    own: dict[str, dict[str, Any]] = {
+        "sat": {"omit": args.omit, "omit_in": args.omit_in},
+        "smet": {"density": args.density},
+    }
+    for name, options in own.items():
+        for option, value in options.items():
+            if name != args.name and value is not None:
+                flag = option.replace("_", "-")
+                raise ConfigError(f"--{flag} is an option of `fallow bench {name}`, not of {args.name}")
+    if args.name == "smet":
+        return {"densities": tuple(args.density)} if args.density else {}
+    found: dict[str, Any] = {"omit_in": args.omit_in or "forward+backward"}
+    return found | ({"rates": tuple(args.omit)} if args.omit else {})
+
+
 def _parser() -> VerbParser:
     parser = VerbParser(prog="fallow bench", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("name", choices=BENCHES, help="what to time")
     parser.add_argument("--case", action="append", metavar="NAME", help="only this case (repeatable)")
-    parser.add_argument("--omit", action="append", type=float, metavar="RATE", help="omission rate (repeatable)")
+    parser.add_argument("--omit", action="append", type=float, metavar="RATE", help="sat: omission rate (repeatable)")
     parser.add_argument(
         "--omit-in",
-        default="forward+backward",
         metavar="PASSES",
-        help="forward+backward (channels and heads), backward or weight_grad (channels)",
+        help="sat: forward+backward (channels and heads; default), backward or weight_grad (channels)",
+    )
+    parser.add_argument(
+        "--density", action="append", type=float, metavar="SHARE", help="smet: share of weights alive (repeatable)"
     )
     parser.add_argument("--quick", action="store_true", help="fewer rounds, nothing compiled: a look, not a result")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -52,13 +70,17 @@ def _print_table(result: dict[str, Any]) -> None:
     title = f"fallow bench {result['bench']} (correctness gate: {result['gate']})"
     table = Table(title=title, title_justify="left")
     table.add_column("case", no_wrap=True)
-    for name in ("omit", "dtype", "tokens", "dense ms", "sparse ms", "ratio", "ideal", "ratio/ideal"):
+    first = "omit" if result["bench"] == "sat" else "density"
+    for name in (first, "dtype", "tokens", "dense ms", "sparse ms", "ratio", "ideal", "ratio/ideal"):
         table.add_column(name, justify="right")
+    with_bytes = any("state_bytes" in row for row in result["rows"])
+    if with_bytes:
+        table.add_column("state bytes", justify="right")
     table.add_column("backend")
     for row in result["rows"]:
         table.add_row(
-            str(row["case"]),
-            f"{row['omit']:g}",
+            f"{row['case']} {row.get('form', '')}".strip(),
+            f"{row[first]:g}",
             str(row["dtype"]),
             f"{row['tokens']:,}",
             f"{row['dense_ms']:,.1f}",
@@ -66,19 +88,19 @@ def _print_table(result: dict[str, Any]) -> None:
             f"{row['ratio']:.2f}×",
             f"{row['ideal']:.2f}×",
             f"{row['efficiency']:.0%}",
+            *([f"{row['state_bytes']:.2f}×" if "state_bytes" in row else "-"] if with_bytes else []),
             str(row["backend"]),
         )
     console = Console(markup=False, highlight=False)
     console.print(table)
-    for line in break_even_lines(result["break_even"]):
+    for line in break_even_lines(result["break_even"], result["bench"]):
         console.print(line)
     console.print("machine: " + ", ".join(f"{name} {value}" for name, value in result["machine"].items()))
 
 
-def break_even_lines(break_even: dict[str, float | None]) -> list[str]:
-    """One line per case: the omission rate above which sparse is faster than the fastest dense form."""
-    return [
-        f"break-even {case}: "
-        + ("none found at the rates measured" if rate is None else f"faster above omit {rate:.2f}")
-        for case, rate in break_even.items()
-    ]
+def break_even_lines(break_even: dict[str, float | None], bench: str = "sat") -> list[str]:
+    """One line per case: from where on sparse is faster than the fastest dense form."""
+    what = "omit" if bench == "sat" else "density"
+    found = "faster above omit {:.2f}" if bench == "sat" else "tiles are faster below density {:.2f}"
+    none = f"none found at the {'rates' if what == 'omit' else 'densities'} measured"
+    return [f"break-even {case}: {none if at is None else found.format(at)}" for case, at in break_even.items()]

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from importlib import import_module
 
-_OPS = ("subset_ffn", "subset_linear", "attention", "cross_entropy", "adamw")
+_OPS = ("subset_ffn", "subset_linear", "attention", "cross_entropy", "adamw", "packed", "block_linear")
+
+OF_SPARSE_METHODS = frozenset({"subset_ffn", "subset_linear", "packed", "block_linear"})
+"""Operations that no dense run uses."""
 
 
 def report() -> list[dict[str, object]]:

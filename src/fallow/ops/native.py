@@ -8,7 +8,7 @@ A call costs about 5 us. Nothing is loaded at import; without the library every 
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, c_double, c_float, c_int, c_int32, c_int64, c_void_p
+from ctypes import POINTER, c_double, c_float, c_int, c_int32, c_int64, c_uint32, c_void_p
 from functools import cache
 from pathlib import Path
 
@@ -53,6 +53,11 @@ _SIGNATURES: dict[str, tuple[object, ...]] = {
     "fallow_adamw_dense": (_TENSOR, c_int64, _HYPER, c_int),
     "fallow_adamw_rows": (_TENSOR, c_int64, _ADDRESS, c_int64, _ADDRESS, _HYPER, c_int),
     "fallow_adamw_cols": (_TENSOR, c_int64, c_int64, _ADDRESS, c_int64, _ADDRESS, _HYPER, c_int),
+    "fallow_adamw_aged": (_TENSOR, *[_ADDRESS] * 3, c_int64, c_uint32, c_int, _HYPER, c_int),
+    "fallow_expand": (*[_ADDRESS] * 4, c_int64, c_int64, c_int, c_int, c_int),
+    "fallow_compress": (*[_ADDRESS] * 4, c_int64, c_int64, c_int, c_int, c_int),
+    "fallow_block_forward": (*[_ADDRESS] * 5, c_int64, c_int, c_int, c_int),
+    "fallow_block_backward": (*[_ADDRESS] * 6, c_int64, c_int, c_int, c_int),
     "fallow_cross_entropy_forward": (*_CE_COMMON, _ADDRESS, c_int),
     "fallow_cross_entropy_backward": (*_CE_COMMON, c_float, _ADDRESS, c_int),
 }

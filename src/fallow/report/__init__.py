@@ -3,8 +3,9 @@
     write_report([Path("runs/quickstart")], Path("runs/quickstart/report.html"))
 
 `loading` reads the folders, `analysis` compares the arms, `doubts` says what to hold against that, `wording` what was
-found, `figures` decides what is drawn, `charts`, `bars` and `svg` draw it, `view` fills the tables, `page.html` lays
-all of it out. Everything is inline: the page opens without a network, from a mail attachment, years later.
+found, `figures` decides what is drawn, `charts`, `bars` and `svg` draw it, `view` fills the tables, `memory` has bars
+and table of what the model's state weighs, `page.html` lays all of it out. Everything is inline: the page opens without
+a network, from a mail attachment, years later.
 """
 
 from __future__ import annotations
@@ -59,13 +60,14 @@ def build_report(run_dirs: Iterable[Path]) -> Report:
     """
     from markupsafe import Markup
 
-    from fallow.report import figures, view, wording
+    from fallow.report import figures, memory, view, wording
 
     loaded = _load(run_dirs)
     comparison = compare(loaded)
     first = wording.headline(comparison)
     drawn = [*figures.loss_figures(comparison), *figures.run_figures(comparison)]
-    drawn += [figures.time_figure(comparison), *filter(None, [figures.schedule_figure(comparison)])]
+    drawn += [figures.time_figure(comparison)]
+    drawn += filter(None, [figures.schedule_figure(comparison), memory.memory_figure(comparison)])
     layers = figures.layer_figures(comparison)
     for figure in (*drawn, *layers):
         # Our own drawing: what texts it holds were escaped where they entered it.
@@ -84,6 +86,8 @@ def build_report(run_dirs: Iterable[Path]) -> Report:
         repeated=max(len(arm.runs) for arm in comparison.arms) > 1,
         figures={figure.key: figure for figure in drawn},
         layers=layers,
+        kinds=view.kinds_of_sparsity(comparison),
+        memory=memory.memory_table(comparison),
         differing=differing,
         every=every,
         facts=view.facts(loaded.runs),

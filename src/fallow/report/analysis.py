@@ -61,6 +61,8 @@ class Arm:
     peak_memory_mb: Spread | None
     train_seconds: Spread | None
     tokens: Spread | None
+    state_bytes: Spread | None = None
+    """Bytes of the model's state in an optimizer step: weights, gradients, optimizer, topology."""
     ratio: Spread | None = None
     """Tokens per second over the baseline's."""
     gap_tokens: Spread | None = None
@@ -191,6 +193,7 @@ def _arm(name: str, runs: list[Run]) -> Arm:
         peak_memory_mb=_spread(_peak(run) for run in runs),
         train_seconds=_spread(_last(run, "train_seconds", "seconds") for run in runs),
         tokens=_spread(_last(run, "tokens", "tokens") for run in runs),
+        state_bytes=_spread(number(run.info, "memory", "total") or None for run in runs),
     )
 
 

@@ -1,4 +1,4 @@
-"""Stacked bars of where time went, per arm, and the map of layers over steps.
+"""Stacked bars of where time or memory went, per arm, and the map of layers over steps.
 
 The bars are HTML rather than SVG so that their text keeps its size on a phone; the map is one small drawing whose cells
 of equal shade share a path, because a rectangle per layer and step would weigh megabytes.
@@ -6,18 +6,31 @@ of equal shade share a path, because a rectangle per layer and step would weigh 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 
 from fallow.report import svg
 from fallow.report.charts import COLOURS
 
 
-def stacked_bars(rows: Sequence[tuple[str, Sequence[tuple[str, float]], str]]) -> str:
-    """One bar per row `(name, [(part, seconds)…], total in words)`, on a common scale, as HTML: text keeps its size."""
+def stacked_bars(
+    rows: Sequence[tuple[str, Sequence[tuple[str, float]], str]],
+    *,
+    amount: Callable[[float], str],
+    swatches: Mapping[str, str],
+    inside: Callable[[float, float], str],
+) -> str:
+    """One bar per row `(name, [(part, value)…], total in words)`, on a common scale, as HTML: text keeps its size.
+
+    Args:
+        rows: every row with the same parts in the same order.
+        amount: a value in words.
+        swatches: each part's class of the style sheet.
+        inside: what stands in a part, from its value and its share of the row.
+    """
     longest = max((sum(value for _, value in parts) for _, parts, _ in rows), default=0.0)
     if longest <= 0:
-        return '<p class="empty">Where the time went was not logged.</p>'
+        return '<p class="empty">None of this was logged.</p>'
     lines = []
     for name, parts, total in rows:
         whole = sum(value for _, value in parts)
@@ -26,21 +39,28 @@ def stacked_bars(rows: Sequence[tuple[str, Sequence[tuple[str, float]], str]]) -
             share = value / whole if whole else 0.0
             if value <= 0:
                 continue
-            words = f"{part}: {value:,.1f} s, {share:.1%}"
+            words = escape(f"{part}: {amount(value)}, {share:.1%}", quote=True)
+            text = inside(value, share)
             tight = "" if value / longest > 0.13 else ' class="tight"'
-            inside = f"<span{tight}>{share:.0%}</span>" if value / longest > 0.055 else ""
-            cells.append(f'<i class="t-{part}" style="width:{100 * value / longest:.3f}%" title="{words}">{inside}</i>')
+            fits = value / longest > 0.0125 * len(text) + 0.018
+            shown = f"<span{tight}>{escape(text)}</span>" if fits else ""
+            width = f"width:{100 * value / longest:.3f}%"
+            cells.append(f'<i class="{swatches[part]}" style="{width}" title="{words}">{shown}</i>')
         lines.append(
             f'<div class="bar-name">{escape(name)}</div><div class="bar" role="img" aria-label="{escape(name)}: '
-            f'{", ".join(f"{p} {v:.1f} s" for p, v in parts if v > 0)}">{"".join(cells)}<b>{escape(total)}</b></div>'
+            f'{escape(", ".join(f"{p} {amount(v)}" for p, v in parts if v > 0))}">{"".join(cells)}'
+            f"<b>{escape(total)}</b></div>"
         )
     used = [part for part, _ in rows[0][1] if any(dict(parts).get(part, 0.0) > 0 for _, parts, _ in rows)]
-    legend = "".join(f'<li><i class="swatch t-{part}"></i>{part}</li>' for part in used)
+    legend = "".join(f'<li><i class="swatch {swatches[part]}"></i>{escape(part)}</li>' for part in used)
     return f'<ul class="legend">{legend}</ul><div class="bars">{"".join(lines)}</div>'
 
 
-def layer_map(name: str, colour: int, steps: Sequence[int], columns: Sequence[Sequence[float]], *, top: float) -> str:
-    """Omission per layer (rows, first layer on top) over steps (columns); `top` is the rate drawn in full colour.
+def layer_map(
+    name: str, colour: int, steps: Sequence[int], columns: Sequence[Sequence[float]], *, top: float, what: str
+) -> str:
+    """A rate per layer (rows, first layer on top) over steps (columns); `top` is the rate drawn in full colour, `what`
+    names the rate.
 
     Cells of one shade are one path, so that 30 layers × 48 columns cost a few kilobytes.
     """
@@ -62,7 +82,7 @@ def layer_map(name: str, colour: int, steps: Sequence[int], columns: Sequence[Se
                 start = end
     paths = "".join(
         f'<path class="cell c{colour % COLOURS}" fill-opacity="{0.06 + 0.94 * level / 20:.2f}" d="{"".join(cells)}">'
-        f"<title>{top * level / 20:.0%} omitted</title></path>"
+        f"<title>{escape(what)} {top * level / 20:.0%}</title></path>"
         for level, cells in sorted(shades.items())
     )
     marks = [
@@ -74,7 +94,7 @@ def layer_map(name: str, colour: int, steps: Sequence[int], columns: Sequence[Se
         f'<text class="title" text-anchor="middle" transform="rotate(-90 10 {(upper + lower) / 2:.0f})" x="10" '
         f'y="{(upper + lower) / 2 + 4:.0f}">layer</text>',
     ]
-    label = escape(f"{name}: omission per layer and step", quote=True)
+    label = escape(f"{name}: {what} per layer and step", quote=True)
     return (
         f'<svg class="map" role="img" aria-label="{label}" viewBox="0 0 {width:.0f} {height:.0f}">'
         f"{paths}{''.join(marks)}</svg>"

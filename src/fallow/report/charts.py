@@ -37,6 +37,8 @@ class Series:
     low: list[float] = field(default_factory=list)
     """With `high`, the range over repeats, one value per point."""
     high: list[float] = field(default_factory=list)
+    marks: list[float] = field(default_factory=list)
+    """Where on x something happened to this series: short ticks above the axis, each series on a level of its own."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -137,6 +139,10 @@ def _drawing(
     parts.append(f'<g clip-path="url(#{clip})">')
     for s in sorted(series, key=lambda s: s.css != "thin"):
         parts.append(_series(s, across, up))
+    for level, s in enumerate(s for s in series if s.marks):
+        foot = bottom - 2 - 9 * level
+        d = "".join(f"M{across(x):.1f} {foot:.1f}v-7" for x in s.marks)
+        parts.append(f'<path class="event c{s.colour % COLOURS}" d="{d}"/>')
     parts.append("</g>")
     if direct:
         parts += _direct_labels(named, across, up, right, top, bottom, _label_length(width))

@@ -32,6 +32,7 @@ def doubts(comparison: Comparison) -> list[str]:
         answers = {json.dumps(value, sort_keys=True) for run in runs if (value := answer(run)) is not None}
         if len(answers) > 1:
             lines.append(f"The runs differ in their {what}: {consequence}.")
+    lines += _size_doubt(comparison)
     for arm in comparison.arms:
         unfinished = [run.status for run in arm.runs if run.status != "finished"]
         if unfinished:
@@ -50,6 +51,25 @@ def doubts(comparison: Comparison) -> list[str]:
         if max(len(arm.runs) for arm in comparison.arms) == 1:
             lines.append("One seed per arm: gaps of about 0.01 nats or less may be chance.")
     return lines
+
+
+def _size_doubt(comparison: Comparison) -> list[str]:
+    """Models of one name may differ in their shape; a smaller one is a fair control, but not an equal."""
+    fields = ("family", "parameters", "layers", "d_model", "ffn", "heads", "kv_heads", "vocab")
+    shapes: dict[str, tuple[str, list[str]]] = {}
+    for arm in comparison.arms:
+        model = lookup(arm.runs[0].info, "model")
+        if isinstance(model, dict):
+            key = json.dumps([model.get(name) for name in fields], default=str)
+            count = number(model, "parameters")
+            shapes.setdefault(key, (f"{count / 1e6:,.2f} M" if count else "?", []))[1].append(arm.label)
+    if len(shapes) < 2:
+        return []
+    found = "; ".join(f"{', '.join(labels)}: {count} parameters" for count, labels in shapes.values())
+    return [
+        f"The arms differ in their architecture ({found}; a sparse arm's are counted dense): neither losses nor speeds "
+        "compare a method alone."
+    ]
 
 
 def _drift_doubt(comparison: Comparison) -> list[str]:

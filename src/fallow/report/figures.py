@@ -12,7 +12,9 @@ from fallow.report.charts import Axis, Series
 from fallow.report.loading import Run, number
 
 TIME_PARTS = ("forward", "backward", "optimizer", "selection", "evaluation", "checkpoint", "data", "other")
-THIN_POINTS, HOVER_POINTS, MAP_COLUMNS = 240, 120, 48
+THIN_POINTS, HOVER_POINTS, MAP_COLUMNS, MOST_MARKS = 240, 120, 48, 200
+MEASURES = {"omit_ffn": ("FFN channels", "omitted"), "omit_heads": ("attention heads", "omitted")}
+"""Rates per layer whose names need words: (of what, what the rate says). Others are called as they are logged."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -65,8 +67,10 @@ def loss_figures(comparison: Comparison) -> list[Figure]:
     """Loss against tokens and against seconds, and under each the gap to the baseline."""
     figures = []
     for axis, words in (("tokens", "tokens"), ("seconds", "time")):
-        body = charts.line_chart(f"loss-{axis}", *_loss_series(comparison, axis))
-        figures.append(Figure(key=f"loss-{axis}", title=f"Loss against {words}", body=body))
+        series, x, y = _loss_series(comparison, axis)
+        body = charts.line_chart(f"loss-{axis}", series, x, y)
+        caption = "Ticks above the axis: the topology moved." if any(s.marks for s in series) else ""
+        figures.append(Figure(key=f"loss-{axis}", title=f"Loss against {words}", body=body, caption=caption))
     if comparison.baseline is None or len(comparison.arms) < 2:
         return figures
     base = comparison.baseline.label
@@ -99,6 +103,7 @@ def _loss_series(comparison: Comparison, axis: str) -> tuple[list[Series], Axis,
     for arm in comparison.arms:
         points, low, high = pooled(arm.runs, "evals", axis, lambda _, line: number(line, "loss"))
         series.append(Series(name=arm.label, colour=palette[arm.name], points=points, marked=True, low=low, high=high))
+        series[-1].marks = _updates(arm.runs[0], axis)
         for run in arm.runs:
             raw = [(line[axis], line["loss"]) for line in run.train]
             line = svg.thin_out(svg.smooth(raw, max(1, len(raw) // 25)), THIN_POINTS)
@@ -116,6 +121,17 @@ def _loss_series(comparison: Comparison, axis: str) -> tuple[list[Series], Axis,
             s.css = "line"
         series = [s for s in series if s.points]
     return series, _x_axis(axis, [p[0] for s in series for p in s.points]), y
+
+
+def _updates(run: Run, axis: str) -> list[float]:
+    """Where a count of updates that the method logs (`…/updates`) had grown since the line before."""
+    found, before = [], 0.0
+    for line in run.train:
+        count = sum(number(line, key) or 0.0 for key in line if key.endswith("/updates"))
+        if count > before:
+            found.append(float(line[axis]))
+        before = max(before, count)
+    return found if len(found) <= MOST_MARKS else []
 
 
 def _gap_series(comparison: Comparison, baseline: Arm, axis: str) -> list[Series]:
@@ -168,7 +184,13 @@ def time_figure(comparison: Comparison) -> Figure:
             for part in TIME_PARTS
         ]
         rows.append((arm.label, parts, wording.duration(sum(value for _, value in parts))))
-    return Figure(key="time", title="Where the time goes", body=bars.stacked_bars(rows))
+    body = bars.stacked_bars(
+        rows,
+        amount=lambda value: f"{value:,.1f} s",
+        swatches={part: f"t-{part}" for part in TIME_PARTS},
+        inside=lambda _, share: f"{share:.0%}",
+    )
+    return Figure(key="time", title="Where the time goes", body=body)
 
 
 def schedule_figure(comparison: Comparison) -> Figure | None:
@@ -197,12 +219,13 @@ def schedule_figure(comparison: Comparison) -> Figure | None:
 
 
 def layer_figures(comparison: Comparison) -> list[Figure]:
-    """Maps of omission per layer and step, for each sparse arm's first run that logged layers."""
+    """Maps of what was measured per layer and step, for each sparse arm's first run that logged layers."""
     found = []
     for arm in comparison.sparse:
         run = next((run for run in arm.runs if run.layers), None)
-        for field, what in (("omit_ffn", "FFN channels"), ("omit_heads", "attention heads")):
-            lines = run.layers if run else []
+        lines = run.layers if run else []
+        for field in layer_measures(lines):
+            what, rate = MEASURES.get(field, (field.replace("_", " "), ""))
             columns = [(int(line["step"]), rates) for line in lines if (rates := _rates(line.get(field)))]
             width = len(columns[0][1]) if columns else 0
             columns = [column for column in columns if len(column[1]) == width]
@@ -212,11 +235,24 @@ def layer_figures(comparison: Comparison) -> list[Figure]:
             stride = len(columns) // MAP_COLUMNS + 1
             kept = columns[::stride]
             steps = [step for step, _ in kept[:-1]] + [columns[-1][0]]
-            body = bars.layer_map(arm.label, colours(comparison)[arm.name], steps, [r for _, r in kept], top=top)
+            caption = f"First layer on top; full colour is {top:.0%} {rate}".rstrip() + "."
+            if all(min(rates) == top for _, rates in columns):
+                # One shade all over shows nothing that a sentence does not say.
+                words = f"<b>{100 * top:.3g}%</b> in each of {width} layers, from step {steps[0]} to {steps[-1]}."
+                body, caption = f'<p class="same">{words}</p>', ""
+            else:
+                colour = colours(comparison)[arm.name]
+                body = bars.layer_map(arm.label, colour, steps, [r for _, r in kept], top=top, what=rate or what)
             found.append(
-                Figure(key=f"layers-{arm.name}-{field}", title=f"{arm.label}: {what}", body=body, caption=f"{top:.0%}")
+                Figure(key=f"layers-{arm.name}-{field}", title=f"{arm.label}: {what}", body=body, caption=caption)
             )
     return found
+
+
+def layer_measures(lines: Sequence[dict[str, Any]]) -> list[str]:
+    """Names of the rates that lines of layers hold, the known ones first."""
+    names = dict.fromkeys(name for line in lines for name, value in line.items() if isinstance(value, list))
+    return [name for name in MEASURES if name in names] + [name for name in names if name not in MEASURES]
 
 
 def _rates(value: object) -> list[float]:

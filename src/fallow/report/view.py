@@ -30,6 +30,7 @@ class Row:
 
     name: str
     cells: list[Cell]
+    css: str = ""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -88,6 +89,9 @@ def _about(arm: Arm) -> str:
             rates = number(arm.runs[0].info, "method", key)
             if rates:
                 words.append(f"omits {rates:.0%} {what}" if "omits" not in " ".join(words) else f"{rates:.0%} {what}")
+        density = number(arm.runs[0].info, "method", "density")
+        if density:
+            words.append(f"keeps {density:.0%} of the weights")
     if arm.tokens:
         words.append(f"{wording.tokens(arm.tokens.mean)} tokens")
     if len(arm.runs) > 1:
@@ -129,17 +133,33 @@ def key_figures(comparison: Comparison, arm_name: str) -> list[Cell]:
                 f"nats of loss at equal {when}, {word} {(arm.control if when == 'seconds' else None) or base.label}"
             )
             found.append(cell)
-    if arm.peak_memory_mb and base.peak_memory_mb:
-        change = arm.peak_memory_mb.mean / base.peak_memory_mb.mean - 1
-        css = "good" if change < -0.005 else "bad" if change > 0.005 else ""
-        found.append(
-            Cell(
-                value=f"{change:+.0%}".replace("-", "\N{MINUS SIGN}") if css else "same",
-                note=f"peak memory against {base.label}",
-                css=css,
-            )
-        )
+    state = _change(arm.state_bytes, base.state_bytes, f"bytes of model state against {base.label}")
+    peak = _change(arm.peak_memory_mb, base.peak_memory_mb, f"peak memory against {base.label}")
+    found += [cell for cell in (state if state and state.css else None, peak) if cell]
     return found
+
+
+def _change(ours: Spread | None, theirs: Spread | None, note: str) -> Cell | None:
+    """How much less, or more."""
+    if not ours or not theirs:
+        return None
+    change = ours.mean / theirs.mean - 1
+    css = "good" if change < -0.005 else "bad" if change > 0.005 else ""
+    return Cell(value=f"{change:+.0%}".replace("-", "\N{MINUS SIGN}") if css else "same", note=note, css=css)
+
+
+def kinds_of_sparsity(comparison: Comparison) -> set[str]:
+    """What sparse arms do, for the page's explanations: `omit` parts of the step, `keep` some weights only."""
+    found = set()
+    for arm in comparison.sparse:
+        run = arm.runs[0]
+        measures = figures.layer_measures(run.layers)
+        omits = any(number(run.info, "method", key) for key in ("omit", "heads"))
+        if omits or any(name.startswith("omit") for name in measures):
+            found.add("omit")
+        if number(run.info, "method", "density") or "density" in measures:
+            found.add("keep")
+    return found or {"omit"}
 
 
 def settings(comparison: Comparison) -> tuple[Facts, Facts]:
@@ -269,6 +289,7 @@ def summary(comparison: Comparison, notes: Sequence[str]) -> dict[str, Any]:
                 "loss_gap_equal_seconds": spread(arm.gap_seconds),
                 "equal_seconds_control": arm.control,
                 "peak_memory_mb": spread(arm.peak_memory_mb),
+                "model_state_bytes": spread(arm.state_bytes),
                 "train_seconds": spread(arm.train_seconds),
                 "tokens": spread(arm.tokens),
             }

@@ -51,6 +51,15 @@ def memory(mb: float) -> str:
     return f"{mb / 1024:.2f} GB" if mb >= 1024 else f"{mb:.0f} MB"
 
 
+def size(value: float) -> str:
+    """Bytes; units are powers of 1024, as in `memory`."""
+    for unit in ("B", "kB", "MB"):
+        if value < 1000:
+            return f"{value:.0f} B" if unit == "B" else f"{value:.3g} {unit}"
+        value /= 1024
+    return f"{value:.3g} GB" if value < 1000 else f"{value:,.0f} GB"
+
+
 def loss(value: float) -> str:
     return f"{value:.3f}"
 
@@ -97,7 +106,15 @@ def sentence(arm: Arm, baseline: Arm) -> str:
         gaps.append("no evaluation of both overlaps, so what that cost in quality is not known")
     text = "; ".join([*parts, ", ".join(gaps)])
     text = text if parts else text[0].upper() + text[1:]
-    return f"{text}.{_time_to_match(arm, baseline)}"
+    return f"{text}.{_time_to_match(arm, baseline)}{_state(arm, baseline)}"
+
+
+def _state(arm: Arm, baseline: Arm) -> str:
+    """What the model's state weighs beside the baseline's; empty where it weighs the same."""
+    ours, theirs = arm.state_bytes, baseline.state_bytes
+    if ours is None or theirs is None or abs(ours.mean / theirs.mean - 1) < 0.005:
+        return ""
+    return f" Its model state takes {size(ours.mean)}, {ours.mean / theirs.mean:.0%} of {baseline.label}’s."
 
 
 def _time_to_match(arm: Arm, baseline: Arm) -> str:

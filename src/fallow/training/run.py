@@ -22,7 +22,7 @@ from fallow.errors import CheckpointError
 from fallow.handle import sparsify
 from fallow.method import Method
 from fallow.ops import attention, cross_entropy
-from fallow.training import checkpoint, data, models, precision, trainer
+from fallow.training import checkpoint, data, models, precision, scratch, state_bytes, trainer
 from fallow.training.cache import build_folder
 from fallow.training.meters import Meters, memory_mb
 from fallow.training.progress import Display
@@ -96,9 +96,12 @@ class _Run:
         self.resumed = checkpoint.newest_valid(folder.checkpoints, display.say) if earlier else None
         self.meters = Meters(tokens_per_step=recipe.tokens_per_step(), device=self.device)
         self.chosen = precision.choose(self.device, recipe.precision)
+        if self.resumed and recipe.precision == "auto":  # the machine, or its mood, may be another one now
+            self.chosen = precision.of_earlier((earlier or {}).get("precision") or {}) or self.chosen
         set_seed(recipe.seed)
-        self.model, self.tokenizer = models.load(recipe.model, recipe.gguf_file, self.chosen.dtype)
-        model_facts = models.describe(self.model, recipe.model)
+        self.start = scratch.start(recipe, self.chosen.dtype)
+        self.model, self.tokenizer = self.start.model, self.start.tokenizer
+        model_facts = models.describe(self.model, self.start.name)
         self.data = data.prepare(recipe, self.tokenizer, model_facts["vocab"])
         backend_lines = self._fast_paths()
         config = recipe.method_config()
@@ -123,6 +126,7 @@ class _Run:
             "totals": self.meters.totals(),
             "eval": {"before": {"loss": None}, "after": {"loss": None}},
             "time": self.meters.time_by_phase(),
+            "memory": {},
         }
         if earlier and self.resumed:
             self.record["eval"] = earlier.get("eval") or self.record["eval"]
@@ -149,6 +153,8 @@ class _Run:
         say, r, m, d = self.display.say, self.record, self.record["model"], self.record["data"]
         say(f"run        {self.folder.path}")
         say(f"model      {m['name']}: {m['family']}, {m['parameters'] / 1e6:,.1f}M parameters, {m['layers']} layers")
+        if self.start.tokenizer_origin:
+            say(f"tokenizer  {self.start.tokenizer_origin}")
         sizes = f"{d['train_tokens']:,} tokens to train on, {d['eval_tokens']:,} held out"
         say(f"data       {sizes} ({file_names(d['files'])})")
         say(f"precision  {r['precision']['dtype']}: {r['precision']['reason']}")
@@ -185,6 +191,7 @@ class _Run:
         self.main = loop.is_world_process_zero()
         hooks = trainer.Hooks()
         hooks.on_step, hooks.on_log, hooks.on_eval = self.display.step, self._on_log, self._on_eval
+        hooks.on_updated = self._on_updated
         loop.attach(self.recipe, self.meters, hooks, self.sparsity)
         if self.resumed is not None:
             self.meters.restore(json.loads((self.resumed / trainer.METERS_FILE).read_text()))
@@ -206,6 +213,7 @@ class _Run:
         if self.main:
             self._save_model()
         self.record |= {"status": "finished", "finished": now()}
+        self._count_files()
         if self.main:
             self._write()
         self.display.say(f"done       {result_line(self.record)}")
@@ -214,6 +222,7 @@ class _Run:
 
     def _interrupted(self) -> dict[str, Any]:
         self.record |= {"status": "interrupted", "finished": now()}
+        self._count_files()
         if self.main:
             self._write()
         saved = checkpoint.place(self.folder.checkpoints, self.meters.steps)
@@ -240,7 +249,7 @@ class _Run:
 
     def _on_log(self, logs: dict[str, float]) -> None:
         layers = self.sparsity.layer_metrics() if self.sparsity else {}
-        omit = {name: sum(v) / len(v) if (v := layers.get(name)) else 0.0 for name in ("omit_ffn", "omit_heads")}
+        means = {name: sum(v) / len(v) for name, v in layers.items() if v}
         rate, memory = self.meters.tokens_per_second(self.recipe.log_every), memory_mb(self.device)
         self.folder.append(
             {
@@ -251,14 +260,23 @@ class _Run:
                 "grad_norm": logs.get("grad_norm"),
                 "tokens_per_second": round(rate, 2),
                 "memory_mb": round(memory, 1),
-                **omit,
+                **means,
+                **(self.sparsity.metrics() if self.sparsity else {}),
             }
         )
         if layers:
             self.folder.append({"kind": "layers", "step": self.meters.steps, **layers})
         self.display.logged(
-            self.meters.steps, loss=logs["loss"], tokens_per_second=rate, omit=omit["omit_ffn"], memory_mb=memory
+            self.meters.steps, loss=logs["loss"], tokens_per_second=rate, measures=means, memory_mb=memory
         )
+
+    def _on_updated(self, optimizer: torch.optim.Optimizer) -> None:
+        """Inside a step that will be logged, gradients not yet freed. The last one's count stays in run.json."""
+        counted = state_bytes.count(self.model, optimizer, self.sparsity)
+        self.record["memory"] = {"step": self.meters.steps + 1} | counted
+
+    def _count_files(self) -> None:
+        self.record["memory"] |= {"files": state_bytes.files(self.folder.checkpoints, self.folder.model)}
 
     def _on_eval(self, loss: float) -> None:
         if not self.main:
@@ -275,7 +293,7 @@ class _Run:
 
     def _backends(self) -> dict[str, str]:
         """What ran. Operations of a sparse arm earlier in this process are not this run's when it is dense."""
-        return {op: name for op, name in ops.used().items() if self.sparsity or not op.startswith("subset_")}
+        return {op: name for op, name in ops.used().items() if self.sparsity or op not in ops.OF_SPARSE_METHODS}
 
     def _write(self) -> None:
         self.record["totals"], self.record["time"] = self.meters.totals(), self.meters.time_by_phase()

@@ -4,9 +4,11 @@ run.json is replaced as a whole, so that it is never half written; metrics.jsonl
 drops the lines of the steps it takes again.
 
 run.json:      fallow, run, arm, status (running, finished, interrupted, failed), started, finished, command, recipe,
-               method (null when dense), model, data, machine, versions, precision, backends, totals, eval, time
+               method (null when dense), model, data, machine, versions, precision, backends, totals, eval, time, memory
+               (`state_bytes.count` at `step`, and `files` on disk; all in bytes)
 metrics.jsonl: {"kind": "train", step, tokens, seconds (of training so far), loss, lr, grad_norm, tokens_per_second,
-               memory_mb, omit_ffn, omit_heads}, {"kind": "eval", step, tokens, seconds, loss (nats, dense mode)},
+               memory_mb, the mean of each of `Method.layer_metrics`, all of `Method.metrics`},
+               {"kind": "eval", step, tokens, seconds, loss (nats, dense mode)},
                {"kind": "layers", step, one list per measure of `Method.layer_metrics`}
 """
 

@@ -107,6 +107,10 @@ def resolve(file: Mapping[str, Any], flags: Mapping[str, Any], *, arm: str | Non
         settings = {key: coerce(key, value, hints.get(key, Any)) for key, value in settings.items()}
     recipe = Recipe(**coerced, method_settings=settings)
     recipe.method_config()
+    if recipe.architecture:
+        from fallow.training.scratch import check  # transformers takes a second to load
+
+        check(recipe)
     return recipe
 
 
@@ -144,6 +148,8 @@ def coerce(name: str, value: Any, annotation: Any) -> Any:
         return [coerce(name, item, args[0]) for item in items]
     if origin is tuple and isinstance(value, list | tuple) and len(value) == len(args):
         return tuple(coerce(name, item, arg) for item, arg in zip(value, args, strict=True))
+    if origin is dict and args[1] is Any and isinstance(value, Mapping):
+        return {str(k): v for k, v in value.items()}
     if origin is dict and isinstance(value, Mapping):
         return {str(k): dict(v or {}) if isinstance(v, Mapping | None) else v for k, v in value.items()}
     if origin is Sequence and isinstance(value, list | tuple):

@@ -61,6 +61,7 @@ class Hooks:
         self.on_step: Callable[[int], None] = lambda step: None
         self.on_log: Callable[[dict[str, float]], None] = lambda logs: None
         self.on_eval: Callable[[float], None] = lambda loss: None
+        self.on_updated: Callable[[torch.optim.Optimizer], None] = lambda optimizer: None
         self.stopped: Callable[[], bool] = lambda: False
 
 
@@ -183,6 +184,9 @@ class _Pace(TrainerCallback):
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.meters.leave()
+        # A step that will be logged: weights are updated, gradients still there.
+        if _logged(self.trainer.recipe, state.global_step + 1, state.max_steps):
+            self.trainer.hooks.on_updated(kwargs["optimizer"])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer, recipe, step = self.trainer, self.trainer.recipe, state.global_step
@@ -195,12 +199,16 @@ class _Pace(TrainerCallback):
         def due(every: int) -> bool:
             return every > 0 and step % every == 0
 
-        control.should_log = due(recipe.log_every) or last or step == 1
+        control.should_log = _logged(recipe, step, state.max_steps)
         control.should_evaluate = due(recipe.eval_every) or last
         control.should_save = due(recipe.save_every) and not last
         if trainer.hooks.stopped() and not last:
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False
+
+
+def _logged(recipe: Recipe, step: int, last: int) -> bool:
+    return step % recipe.log_every == 0 or step == 1 or step >= last
 
 
 class _TimedSparsity(SparsityCallback):

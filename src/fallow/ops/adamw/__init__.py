@@ -10,12 +10,12 @@ from torch import Tensor
 
 from fallow.errors import ConfigError
 from fallow.ops.adamw import cpu, naive
-from fallow.ops.adamw.naive import Hyper, Tensors
+from fallow.ops.adamw.naive import Aged, Hyper, Tensors
 
 BACKENDS = [cpu, naive]
 last_used = "none"
 
-__all__ = ["BACKENDS", "Hyper", "Tensors", "dense", "last_used", "subset"]
+__all__ = ["BACKENDS", "Aged", "Hyper", "Tensors", "aged", "dense", "last_used", "subset"]
 
 
 def _serves(tensors: Tensors) -> bool:
@@ -49,4 +49,15 @@ def subset(t: Tensors, dim: int, index: Tensor, clock: Tensor, hyper: Hyper) -> 
         raise ConfigError(f"lazy index outside [0, {t.param.shape[dim]}) of dim {dim}; give indices of this parameter")
     backend = cpu if _serves(t) else naive
     backend.subset(t, dim, index, clock, hyper)
+    last_used = backend.name
+
+
+def aged(t: Tensors, ages: Aged, hyper: Hyper) -> None:
+    """Update a whole tensor in place whose entries have clocks of their own, told by an age byte each (SMET).
+
+    Moments are fp32, or bf16 rounded stochastically (then a bf16 parameter has no master and is rounded so too).
+    """
+    global last_used
+    backend = cpu if cpu.available()[0] and cpu.usable_aged(t)[0] else naive
+    backend.aged(t, ages, hyper)
     last_used = backend.name

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fallow.ops import native
-from fallow.ops.adamw.naive import Hyper, Tensors
+from fallow.ops.adamw.naive import Aged, Hyper, Tensors
 
 name = "native"
 
@@ -87,3 +87,33 @@ def subset(t: Tensors, dim: int, index: Tensor, clock: Tensor, hyper: Hyper) -> 
         library.fallow_adamw_rows(described, width, _address(index), kept, _address(clock), shared, threads)
     else:
         library.fallow_adamw_cols(described, n_rows, width, _address(index), kept, _address(clock), shared, threads)
+
+
+def usable_aged(tensors: Tensors) -> tuple[bool, str]:
+    """Whether `aged` serves these tensors, and why not."""
+    moments = tensors.exp_avg.dtype
+    if moments != tensors.exp_avg_sq.dtype or moments not in _DTYPES:
+        return False, f"moments of {moments} and {tensors.exp_avg_sq.dtype}"
+    if moments == torch.bfloat16:
+        if tensors.master is not None:
+            return False, "bf16 moments beside an fp32 master"
+        state = (tensors.param, tensors.exp_avg, tensors.exp_avg_sq)
+        served = tensors.param.device.type == "cpu" and {tensors.param.dtype, tensors.grad.dtype} <= set(_DTYPES)
+        return served and all(x.is_contiguous() for x in state), "device, dtype or strides"
+    return usable(tensors)
+
+
+def aged(t: Tensors, aged: Aged, hyper: Hyper) -> None:
+    """As `naive.aged`, in one pass over memory."""
+    grad, age = t.grad.contiguous(), aged.age.contiguous()
+    native.library().fallow_adamw_aged(
+        ctypes.byref(_describe(t, grad)),
+        _address(age),
+        _address(aged.step_size),
+        _address(aged.bias2_sqrt),
+        aged.offset,
+        aged.salt,
+        t.exp_avg.dtype == torch.bfloat16,
+        ctypes.byref(_hyper(hyper)),
+        torch.get_num_threads(),
+    )

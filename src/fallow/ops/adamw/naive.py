@@ -52,6 +52,22 @@ class Tensors:
         return self.param if self.master is None else self.master
 
 
+@dataclass(kw_only=True, slots=True)
+class Aged:
+    """Entries with clocks of their own (SMET): tables over an age byte, and the seed of stochastic rounding."""
+
+    age: Tensor
+    """uint8, one per entry."""
+    step_size: Tensor
+    """fp32 [256] on the CPU: lr / (1 - beta1^t), ramp included, by age."""
+    bias2_sqrt: Tensor
+    """fp32 [256] on the CPU: sqrt(1 - beta2^t), by age."""
+    salt: int = 0
+    """32 bits, of this parameter and step; read when the moments are bf16."""
+    offset: int = 0
+    """Number of the first entry in the unsharded parameter."""
+
+
 def available() -> tuple[bool, str]:
     """Always usable: plain PyTorch on any device."""
     return True, "plain PyTorch"
@@ -115,3 +131,60 @@ def subset(t: Tensors, dim: int, index: Tensor, clock: Tensor, hyper: Hyper) -> 
     t.weight.index_copy_(dim, index, weight)
     if t.master is not None:
         t.param.index_copy_(dim, index, weight.to(t.param.dtype))
+
+
+def random_bits(entry: Tensor, salt: int) -> Tensor:
+    """int64 in [0, 2^32) per int64 entry number: MurmurHash3's finaliser, as in native/adamw.cpp."""
+    low = 0xFFFF_FFFF
+
+    def times(x: Tensor, factor: int) -> Tensor:  # 32 × 32 bits would leave int64; 16 × 32 do not
+        return (((x >> 16) * factor & 0xFFFF) << 16) + (x & 0xFFFF) * factor & low
+
+    x = (times(entry & low, 0x9E37_79B9) + salt) & low
+    x = times(x ^ (x >> 16), 0x85EB_CA6B)
+    x = times(x ^ (x >> 13), 0xC2B2_AE35)
+    return x ^ (x >> 16)
+
+
+def rounded_stochastically(x: Tensor, noise: Tensor) -> Tensor:
+    """bf16 of fp32 `x`: `noise`, int64 in [0, 65536), is added below the last kept bit. Inf and NaN pass through."""
+    bits = x.contiguous().view(torch.int32).long() & 0xFFFF_FFFF
+    finite = (bits & 0x7F80_0000) != 0x7F80_0000
+    kept = (bits + torch.where(finite, noise, 0)) & 0xFFFF_0000
+    return kept.to(torch.uint32).view(torch.float32).to(torch.bfloat16)
+
+
+@torch.no_grad()
+def aged(t: Tensors, aged: Aged, hyper: Hyper) -> None:
+    """Update a whole tensor whose entries have clocks of their own.
+
+    With bf16 moments, they and a bf16 parameter without master are rounded stochastically: 0.999 v rounds back to v in
+    bf16 otherwise, and a second moment never falls.
+    """
+    shape, cohort = t.param.shape, aged.age.long()
+    step_size = aged.step_size.to(t.param.device)[cohort].view(shape)
+    bias2_sqrt = aged.bias2_sqrt.to(t.param.device)[cohort].view(shape)
+    weight, exp_avg, exp_avg_sq = (x.float() for x in (t.weight, t.exp_avg, t.exp_avg_sq))
+    decayed = weight * (1 - hyper.lr * hyper.weight_decay)
+    exp_avg, exp_avg_sq = exp_avg.clone(), exp_avg_sq.clone()
+    _moments(_scaled_grad(t.grad, hyper), exp_avg, exp_avg_sq, hyper)
+    denominator = (exp_avg_sq.sqrt() / bias2_sqrt).add_(hyper.eps)
+    updated = decayed - step_size * exp_avg / denominator
+    if t.exp_avg.dtype == torch.float32:
+        new = (exp_avg, exp_avg_sq, updated)
+    else:
+        entry = (torch.arange(t.param.numel(), device=t.param.device) + aged.offset).view(shape)
+        noise = random_bits(entry, aged.salt)
+        new = (
+            rounded_stochastically(exp_avg, noise & 0xFFFF),
+            rounded_stochastically(exp_avg_sq, noise >> 16),
+            updated,
+        )
+        if t.param.dtype == torch.bfloat16:
+            noise = random_bits(entry, ~aged.salt & 0xFFFF_FFFF) & 0xFFFF
+            new = (*new[:2], rounded_stochastically(updated, noise))
+    t.exp_avg.copy_(new[0])
+    t.exp_avg_sq.copy_(new[1])
+    t.weight.copy_(new[2])
+    if t.master is not None:
+        t.param.copy_(updated)

@@ -16,14 +16,14 @@ Not yet run on a GPU: benchmarks/gpu_all.py checks it there first, then times bo
 
 from __future__ import annotations
 
-import os
-from importlib.util import find_spec
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from fallow.errors import BackendError
+from fallow.ops.gpu import available as available
+from fallow.ops.gpu import runs_on
 
 name = "triton"
 Variant = Literal["gather", "fused"]
@@ -31,23 +31,10 @@ VARIANTS: tuple[Variant, ...] = ("gather", "fused")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def available() -> tuple[bool, str]:
-    """Whether Triton can run here, and why (not)."""
-    if find_spec("triton") is None:
-        return False, "the triton package is not installed; pip install 'fallow[gpu]'"
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        return True, "Triton's interpreter (TRITON_INTERPRET=1): correct, very slow"
-    if not torch.cuda.is_available():
-        return False, "no CUDA device; TRITON_INTERPRET=1 runs the kernels on the CPU for tests"
-    return True, f"Triton on {torch.cuda.get_device_name()}"
-
-
 def usable(x: Tensor, idx: Tensor | None = None) -> tuple[bool, str]:
     """Whether this backend computes these arguments, and why (not)."""
-    if hasattr(x, "placements"):
-        return False, "x is a DTensor; kernels see local tensors only"
-    if x.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return False, f"x is on {x.device}; kernels run on a CUDA device"
+    if not (found := runs_on(x))[0]:
+        return found
     if x.dtype not in DTYPES:
         return False, f"x is {x.dtype}; kernels know bfloat16, float16 and float32"
     if idx is not None and idx.dim() != 1:

@@ -1,0 +1,63 @@
+"""What the benchmarks of gpu_all.py share: settings, timing by CUDA events, the shapes and the dense forms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from fallow.bench.harness import Timing
+    from fallow.bench.steps import Case
+
+Row = dict[str, Any]
+Step = Callable[[], object]
+SEQUENCES, SEQ_LEN = 4, 2048
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Settings:
+    rounds: int = 30
+    """Timed rounds per case; each runs every form once."""
+    warm_up: int = 5
+    """Untimed rounds, after compilation."""
+    max_autotune: bool = True
+    """Also time dense compiled with mode="max-autotune-no-cudagraphs"."""
+    device: str = "cuda"
+    """Where tensors live."""
+
+
+def interleave(forms: dict[str, Step], settings: Settings) -> Timing:
+    """`fallow.bench.harness.interleave` with CUDA events: device time of each form, in alternating order."""
+    import torch
+
+    from fallow.bench.harness import Timing
+
+    events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in forms}
+    for i in range(settings.warm_up + settings.rounds):
+        for name in forms if i % 2 == 0 else reversed(list(forms)):
+            pair = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+            pair[0].record()
+            forms[name]()
+            pair[1].record()
+            if i >= settings.warm_up:
+                events[name].append(pair)
+        torch.cuda.synchronize()
+    return Timing({name: [a.elapsed_time(b) / 1e3 for a, b in pairs] for name, pairs in events.items()})
+
+
+def case_named(name: str) -> Case:
+    """A case of `fallow.bench.steps` with this benchmark's tokens."""
+    from fallow.bench.steps import CASES
+
+    return replace(CASES[name], sequences=SEQUENCES, seq_len=SEQ_LEN)
+
+
+def compile_options(settings: Settings) -> dict[str, dict[str, Any]]:
+    """Dense forms: name -> options of torch.compile, empty for eager."""
+    forms: dict[str, dict[str, Any]] = {"dense/eager": {}, "dense/compiled": {"dynamic": False}}
+    if settings.max_autotune:
+        forms["dense/max-autotune"] = {"dynamic": False, "mode": "max-autotune-no-cudagraphs"}
+    return forms

@@ -1,0 +1,104 @@
+"""`export(model, path, to=...)`: the weights as trained, in a folder that others can load.
+
+One file per target. Every target writes into a hidden folder beside `path`, loads what it wrote, compares it with the
+model in hand, and only then gives the folder its name; a method's layers stay in the model. The obvious alternative,
+`handle.remove()` and `save_pretrained`, ends the training and trusts the disk. Cost: a second model in memory, dense,
+while it is compared. (The room is not called `export`: that module would hide the function.)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from fallow.errors import ConfigError
+from fallow.exporting.folder import replaced
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+TARGETS = {
+    "hf": "a stock Hugging Face folder, dead weights as zeros",
+    "packed": "the same weights without the zeros: a bitmap and the values; read with fallow.load_packed",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Exported:
+    """What an export wrote and how it was checked."""
+
+    to: str
+    """A key of `TARGETS`."""
+    path: Path
+    files: dict[str, int]
+    """Bytes of each file, by its name within `path`."""
+    weight_bytes: int
+    """Bytes of the .safetensors files."""
+    dense_bytes: int
+    """Bytes of the model's tensors when dense, shared ones counted once."""
+    packed_layers: int
+    """Layers stored without their zeros."""
+    verified: list[str]
+    """What was compared after the folder was loaded again, one sentence each."""
+
+    @property
+    def ratio(self) -> float:
+        """weight_bytes / dense_bytes."""
+        return self.weight_bytes / self.dense_bytes
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, as JSON holds it."""
+        return dataclasses.asdict(self) | {"path": str(self.path), "ratio": self.ratio}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Written:
+    """What a target's `write(model, folder)` returns."""
+
+    dense_bytes: int
+    packed_layers: int
+    verified: list[str]
+
+
+def export(
+    model: PreTrainedModel,
+    path: str | Path,
+    to: Literal["hf", "packed"] = "hf",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    overwrite: bool = False,
+) -> Exported:
+    """Write `model`, stock or made sparse by fallow, to the folder `path`. The model is left as it is.
+
+    Args:
+        model: a Hugging Face causal language model, not sharded over ranks.
+        path: the folder; made if need be. Nothing appears there until all of it is written and verified.
+        to: "hf" for `AutoModelForCausalLM.from_pretrained`, dead weights as zeros; "packed" for `fallow.load_packed`,
+            linear layers of the blocks without their zeros where that is smaller.
+        tokenizer: written along when given.
+        overwrite: replace an earlier export at `path`.
+
+    Raises:
+        ConfigError: unknown target, a model that cannot be written, or a folder that is in use.
+        UnsupportedModelError: "packed": a family that `fallow.anatomy` does not know, or quantised weights.
+        CheckpointError: the disk refuses, or what was written does not load as the same model.
+    """
+    if to not in TARGETS:
+        raise ConfigError(f"export: unknown target {to!r}; targets: {', '.join(TARGETS)}")
+    target = import_module(f"fallow.exporting.{to}")
+    with replaced(Path(path), overwrite=overwrite) as (place, folder):
+        written: Written = target.write(model, folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        files = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
+    return Exported(
+        to=to,
+        path=place,
+        files=files,
+        weight_bytes=sum(size for name, size in files.items() if name.endswith(".safetensors")),
+        dense_bytes=written.dense_bytes,
+        packed_layers=written.packed_layers,
+        verified=written.verified,
+    )
