@@ -22,7 +22,15 @@ if TYPE_CHECKING:
 TARGETS = {
     "hf": "a stock Hugging Face folder, dead weights as zeros",
     "packed": "the same weights without the zeros: a bitmap and the values; read with fallow.load_packed",
+    "mixtral": "SSD's experts as a stock Mixtral; for Llama and Mistral",
+    "granitemoe": "SSD's experts as a stock GraniteMoE; for Llama, Granite, Qwen2",
+    "qwen3_moe": "SSD's experts as a stock Qwen3-MoE; for Qwen3",
+    "olmoe": "SSD's experts as a stock OLMoE; where queries and keys are normalised over all heads",
+    "flex_olmo": "SSD's experts as a stock FlexOlmo; for OLMo2",
 }
+
+
+Target = Literal["hf", "packed", "mixtral", "granitemoe", "qwen3_moe", "olmoe", "flex_olmo"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,7 +73,7 @@ class Written:
 def export(
     model: PreTrainedModel,
     path: str | Path,
-    to: Literal["hf", "packed"] = "hf",
+    to: Target = "hf",
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     overwrite: bool = False,
@@ -76,13 +84,15 @@ def export(
         model: a Hugging Face causal language model, not sharded over ranks.
         path: the folder; made if need be. Nothing appears there until all of it is written and verified.
         to: "hf" for `AutoModelForCausalLM.from_pretrained`, dead weights as zeros; "packed" for `fallow.load_packed`,
-            linear layers of the blocks without their zeros where that is smaller.
+            linear layers of the blocks without their zeros where that is smaller; the others write the experts of a
+            model held by SSD for stock MoE engines, see `fallow.exporting.moe`.
         tokenizer: written along when given.
         overwrite: replace an earlier export at `path`.
 
     Raises:
         ConfigError: unknown target, a model that cannot be written, or a folder that is in use.
-        UnsupportedModelError: "packed": a family that `fallow.anatomy` does not know, or quantised weights.
+        UnsupportedModelError: a family that `fallow.anatomy` does not know, quantised weights, or a property of the
+            model that the target cannot express, named.
         CheckpointError: the disk refuses, or what was written does not load as the same model.
     """
     if to not in TARGETS:

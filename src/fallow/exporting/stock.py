@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -102,6 +102,17 @@ def compare(wanted: StockTensors, loaded: PreTrainedModel, what: str) -> str:
     return f"loaded again: {len(wanted.names)} tensors equal the model's bit for bit"
 
 
+def refuse_odd_keys(notes: dict[str, Any]) -> None:
+    """Raises CheckpointError where the loading info of `from_pretrained` has keys of any kind that it should not."""
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if notes[problem]:
+            name = sorted(map(str, notes[problem]))[0]
+            raise CheckpointError(
+                f"export: stock transformers finds {problem.replace('_', ' ')} in what was written, e.g. {name};"
+                " nothing was written"
+            )
+
+
 def same_bits(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors of one dtype hold the same bits, -0 counted as 0."""
     if a.shape != b.shape:
@@ -124,20 +135,16 @@ def config_of(model: PreTrainedModel) -> Any:
 
 
 @contextmanager
-def as_evaluated(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode, every neuron computed, the random state kept; afterwards as before, module by module."""
+def as_evaluated(model: PreTrainedModel, mode: Literal["dense", "sparse"] = "dense") -> Iterator[None]:
+    """Evaluation mode, the random state kept; afterwards as before, module by module. Dense: every neuron computed."""
     flags = [(module, module.training) for module in model.modules()]
     handle = getattr(model, "_fallow", None)
-    mode = handle.mode if handle is not None else "dense"
     try:
         model.eval()
-        if handle is not None:
-            handle.set_mode("dense")
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
+        in_mode = handle.in_mode(mode) if handle is not None else nullcontext()
+        with in_mode, torch.random.fork_rng(devices=[]), torch.no_grad():
             yield
     finally:
-        if handle is not None:
-            handle.set_mode(mode)
         for module, training in flags:
             module.training = training
 
