@@ -90,7 +90,7 @@ def _moved_anywhere(
     units = layout.shape[0] * layout.n_in
     n = topology.moving(layout.n_active, units, fraction)
     survives = torch.ones(layout.n_active, dtype=torch.uint8, device=values.device)
-    survives[values.float().abs_().topk(n, largest=False, sorted=False).indices] = 0
+    survives[values.float().abs().topk(n, largest=False, sorted=False).indices] = 0
     ranks = distinct(units - layout.n_active, n, g).to(values.device) if candidates_OB is None else None
     bitmap_OB, before = torch.empty_like(layout.bitmap_OB), 0
     for lo, hi, first, last in row_groups(layout):
