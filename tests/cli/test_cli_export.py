@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 import fallow
 from fallow.cli import main
+from fallow.exporting.agreement import agreement, probe
+from fallow.training.callback import save_state
 
 
 @pytest.fixture(scope="module")
@@ -87,8 +89,8 @@ def test_the_model_itself_is_never_overwritten(run, capsys) -> None:
 
 
 def test_bad_use_is_one_line(run, tmp_path, capsys) -> None:
-    unknown = failure(capsys, run, "--to", "gguf")
-    assert "'gguf'" in unknown and "hf" in unknown and "packed" in unknown
+    unknown = failure(capsys, run, "--to", "onnx")
+    assert "'onnx'" in unknown and "hf" in unknown and "packed" in unknown
     assert "--to" in failure(capsys, run)
     assert "is no folder" in failure(capsys, tmp_path / "nowhere", "--to", "hf")
     (tmp_path / "empty").mkdir()
@@ -107,3 +109,60 @@ def test_a_damaged_model_is_one_line(run, capsys) -> None:
     assert main(["export", str(run), "--to", "hf"]) != 0
     assert capsys.readouterr().err.count("\n") == 1
     assert not (run / "smet" / "export-hf").exists()
+
+
+@pytest.fixture
+def grouped(tmp_path) -> Path:
+    """A finished run of method ssd as training leaves it: the stock model, and the method's state beside it."""
+    arm = tmp_path / "runs" / "tiny" / "ssd"
+    settings = {"experts": 8, "active": 2}
+    model = tiny_model("llama", hidden_act="relu")
+    handle = fallow.sparsify(model, fallow.SSD(**settings))
+    with torch.no_grad():
+        for layer in handle.experts():
+            layer.router.add_(torch.randn_like(layer.router))  # as if it had learned
+    (arm / "model").mkdir(parents=True)
+    save_state(handle, arm / "model")
+    torch.save(sparse_answer(model), arm / "answer.pt")
+    handle.remove().save_pretrained(arm / "model")
+    recipe = {"method": "ssd", "method_settings": settings}
+    (arm / "run.json").write_text(json.dumps({"status": "finished", "recipe": recipe}))
+    return arm
+
+
+@torch.no_grad()
+def sparse_answer(model) -> torch.Tensor:
+    model.eval()
+    with model._fallow.in_mode("sparse"):
+        return model(input_ids=probe(128)).logits
+
+
+def test_a_run_with_experts_is_exported_with_them(grouped, capsys) -> None:
+    assert main(["export", str(grouped), "--to", "mixtral"]) == 0
+    assert "verified  mixtral by stock transformers" in capsys.readouterr().out
+    loaded = AutoModelForCausalLM.from_pretrained(grouped / "export-mixtral")
+    with torch.no_grad():
+        reached = agreement(torch.load(grouped / "answer.pt"), loaded(input_ids=probe(128)).logits)
+    assert loaded.config.num_experts_per_tok == 2 and reached.top1 >= 0.995 and reached.error < 0.005, reached
+    assert main(["export", str(grouped), "--to", "hf"]) == 0  # the dense one of the same weights
+    dense = AutoModelForCausalLM.from_pretrained(grouped / "export-hf")
+    assert dense.config.model_type == "llama"
+
+
+def test_gguf_of_a_run_has_experts_unless_dense_is_said(grouped, capsys) -> None:
+    gguf = pytest.importorskip("gguf")
+    for flags, experts in (([], 8), (["--dense", "--overwrite"], None)):
+        assert main(["export", str(grouped), "--to", "gguf", *flags]) == 0
+        fields = gguf.GGUFReader(grouped / "export-gguf" / "model-f16.gguf").fields
+        assert ("llama.expert_count" in fields) == (experts is not None)
+    assert "model-f16.gguf" in {f.name for f in (grouped / "export-gguf").iterdir()}
+
+
+def test_experts_without_their_settings_or_state_are_refused(grouped, model_folder, capsys) -> None:
+    assert "mixtral needs experts and this model has none" in failure(capsys, model_folder, "--to", "mixtral")
+    (grouped / "model" / "sparsity.safetensors").write_bytes(b"x")
+    assert main(["export", str(grouped), "--to", "mixtral"]) == 1
+    assert "holds no readable sparsity state" in capsys.readouterr().err
+    (grouped / "run.json").write_text(json.dumps({"status": "finished"}))
+    assert "does not tell the method's settings" in failure(capsys, grouped, "--to", "mixtral")
+    assert not (grouped / "export-mixtral").exists()

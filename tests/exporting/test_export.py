@@ -240,8 +240,8 @@ def test_overwrite_replaces_an_export_and_nothing_else(tmp_path) -> None:
 
 def test_bad_use_names_the_mend(tmp_path) -> None:
     model, handle = made()
-    with pytest.raises(ConfigError, match="unknown target 'gguf'; targets: hf, packed"):
-        fallow.export(model, tmp_path / "out", to="gguf")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="unknown target 'onnx'; targets: hf, packed, mixtral"):
+        fallow.export(model, tmp_path / "out", to="onnx")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"not a SMETMethod; a handle has it as \.model"):
         fallow.export(handle, tmp_path / "out")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="no language-model head"):

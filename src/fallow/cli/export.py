@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fallow.cli import VerbParser
 from fallow.errors import ConfigError
 from fallow.exporting import TARGETS, Exported, export
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from fallow.method import Method
 
 
 def export_command(argv: list[str]) -> int:
@@ -18,10 +24,13 @@ def export_command(argv: list[str]) -> int:
     if source.resolve().is_relative_to(output.expanduser().resolve()):
         raise ConfigError(f"export: {output} holds the model that is to be exported; choose another --output")
     from fallow.exporting.stock import load_folder
+    from fallow.training.callback import SCALARS
     from fallow.training.quiet import quiet
 
     quiet()
     model, tokenizer = load_folder(source)
+    if args.to not in ("hf", "packed") and (source / SCALARS).is_file():
+        restore_method(model, source).set_mode("dense" if args.dense else "sparse")
     done = export(model, output, to=args.to, tokenizer=tokenizer, overwrite=args.overwrite)
     if args.json:
         print(json.dumps({"source": str(source), **done.as_dict()}))
@@ -59,6 +68,31 @@ def find_model(run: Path) -> tuple[Path, Path]:
     return run, folder.model
 
 
+def restore_method(model: PreTrainedModel, source: Path) -> Method:
+    """The method of the run whose trained model lies in `source`, as it was after the last step.
+
+    Raises:
+        ConfigError: the run's settings are not to be found, or are of no method.
+        CheckpointError: the method's state is damaged, or of another model.
+    """
+    from fallow.handle import sparsify
+    from fallow.training.callback import SCALARS, load_state
+    from fallow.training.recipe import method_class
+    from fallow.training.runfolder import RunFolder
+
+    try:
+        recipe = (RunFolder(source.parent).read() or {})["recipe"]
+        config = method_class(recipe["method"])(**recipe["method_settings"])
+    except (KeyError, TypeError):
+        raise ConfigError(
+            f"export: {source.parent / 'run.json'} does not tell the method's settings that belong to"
+            f" {source / SCALARS}; keep the model in its run's folder"
+        ) from None
+    handle = sparsify(model, config)
+    load_state(handle, source)
+    return handle
+
+
 def lines(done: Exported) -> list[str]:
     """What is printed of an export."""
     packed = f", {done.packed_layers} layers packed" if done.packed_layers else ""
@@ -80,6 +114,7 @@ def _parser() -> VerbParser:
     parser.add_argument("run", type=Path, metavar="RUN", help="a finished run's folder, or one with a model")
     parser.add_argument("--to", required=True, choices=list(TARGETS), help="what to write")
     parser.add_argument("--output", type=Path, metavar="DIR", help="default: RUN/export-TARGET")
+    parser.add_argument("--dense", action="store_true", help="gguf: all neurons, although the run has experts")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser

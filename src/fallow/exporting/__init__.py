@@ -27,10 +27,12 @@ TARGETS = {
     "qwen3_moe": "SSD's experts as a stock Qwen3-MoE; for Qwen3",
     "olmoe": "SSD's experts as a stock OLMoE; where queries and keys are normalised over all heads",
     "flex_olmo": "SSD's experts as a stock FlexOlmo; for OLMo2",
+    "gguf": "one file for llama.cpp, in f16; SSD's experts, or a dense model; for Llama and Mistral",
+    "gguf_f32": "the same in f32",
 }
 
 
-Target = Literal["hf", "packed", "mixtral", "granitemoe", "qwen3_moe", "olmoe", "flex_olmo"]
+Target = Literal["hf", "packed", "mixtral", "granitemoe", "qwen3_moe", "olmoe", "flex_olmo", "gguf", "gguf_f32"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,7 +45,7 @@ class Exported:
     files: dict[str, int]
     """Bytes of each file, by its name within `path`."""
     weight_bytes: int
-    """Bytes of the .safetensors files."""
+    """Bytes of the .safetensors or .gguf files."""
     dense_bytes: int
     """Bytes of the model's tensors when dense, shared ones counted once."""
     packed_layers: int
@@ -99,15 +101,15 @@ def export(
         raise ConfigError(f"export: unknown target {to!r}; targets: {', '.join(TARGETS)}")
     target = import_module(f"fallow.exporting.{to}")
     with replaced(Path(path), overwrite=overwrite) as (place, folder):
-        written: Written = target.write(model, folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
+        written: Written = target.write(model, folder)
         files = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
     return Exported(
         to=to,
         path=place,
         files=files,
-        weight_bytes=sum(size for name, size in files.items() if name.endswith(".safetensors")),
+        weight_bytes=sum(size for name, size in files.items() if name.endswith((".safetensors", ".gguf"))),
         dense_bytes=written.dense_bytes,
         packed_layers=written.packed_layers,
         verified=written.verified,

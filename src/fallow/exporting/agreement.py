@@ -26,7 +26,7 @@ class Bounds(NamedTuple):
 
 
 MOE_BOUNDS = Bounds(top1=0.995, error=0.01)
-F16_BOUNDS = Bounds(top1=0.98, error=0.02)
+GGUF_BOUNDS = Bounds(top1=0.98, error=0.02)
 
 
 class Agreement(NamedTuple):

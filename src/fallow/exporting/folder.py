@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 
 from fallow.errors import CheckpointError, ConfigError
 
-_MARK = "config.json"
+_MARKS = ("config.json", "model-*.gguf")
 
 
 @contextmanager
@@ -70,8 +70,10 @@ def _may_replace(target: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise ConfigError(f"export: {target} holds files already; choose another folder, or overwrite it")
-    if not (target / _MARK).is_file():  # overwriting removes the whole folder, so it must be a model's own
-        raise ConfigError(f"export: {target} has no {_MARK}, so it is no earlier export; choose another folder")
+    if not any(
+        any(target.glob(mark)) for mark in _MARKS
+    ):  # overwriting removes the whole folder, so it must be a model's own
+        raise ConfigError(f"export: {target} has no {_MARKS[0]}, so it is no earlier export; choose another folder")
 
 
 def _flush(folder: Path) -> None:

@@ -14,7 +14,7 @@ All factors but K or E are powers of two: exact in every float format. K or E is
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -105,18 +105,19 @@ def experts_of(model: PreTrainedModel, target: str) -> Experts:
     return Experts(n_experts, active, channels // n_experts, layers)
 
 
-def check(model: PreTrainedModel, experts: Experts, engine: Engine) -> None:
-    """Raises UnsupportedModelError, naming the property the engine cannot express or go without."""
-    views = [layer.view for layer in experts.layers]
-    found, target, expresses, requires = traits(model, views), engine.name, engine.expresses, engine.requires
+def check(
+    model: PreTrainedModel, ffns: list[FFNView], target: str, expresses: frozenset[str], requires: Iterable[str] = ()
+) -> None:
+    """Raises UnsupportedModelError, naming the property the target cannot express or go without; see `Engine`."""
+    found = traits(model, ffns)
+    kind = model.config.model_type
     if odd := [words for key, words in found.items() if key not in expresses]:
         raise UnsupportedModelError(
-            f"export: {target} cannot express {odd[0]} of this {model.config.model_type} model; choose another target"
+            f"export: {target} cannot express {odd[0]} of this {kind} model; choose another target"
         )
-    if lacking := sorted(requires - found.keys()):
+    if lacking := sorted(set(requires) - found.keys()):
         raise UnsupportedModelError(
-            f"export: {target} always has {NAMES[lacking[0]]}, which this {model.config.model_type} model has not;"
-            " choose another target"
+            f"export: {target} always has {NAMES[lacking[0]]}, which this {kind} model has not; choose another target"
         )
 
 
@@ -130,28 +131,45 @@ def check_activation(view: FFNView, target: str) -> None:
 
 
 @torch.no_grad()
-def fold(layer: Any, weighting: Literal["renormalised", "raw"], *, dtype: torch.dtype | None = None) -> Folded:
-    """One layer's experts, folded, in `dtype` (default: the weights' own; the router in the same).
+def fold(
+    layer: Any,
+    weighting: Literal["renormalised", "raw"],
+    *,
+    dtype: torch.dtype | None = None,
+    router_dtype: torch.dtype | None = None,
+) -> Folded:
+    """One layer's experts, folded.
 
     Args:
         layer: one item of `handle.experts()`.
         weighting: see `Engine`.
-        dtype: of the result.
+        dtype: of the result; default: the weights' own.
+        router_dtype: of the router; default: `dtype`.
     """
-    view: FFNView = layer.view
-    weights, E = view.weights(), layer.n_experts
-    dtype = dtype or weights.w_up_FD.dtype
+    view, E = layer.view, layer.n_experts
+    total = layer.active if weighting == "renormalised" else E
+    gate_FD, up_FD, down_DF = fold_dense(view, dtype=dtype, down_times=total)
+    return Folded(
+        router_ED=(layer.router.detach().float() * router_scale(layer.router)).to(router_dtype or gate_FD.dtype),
+        gate_ECD=gate_FD.view(E, -1, view.d_model),
+        up_ECD=up_FD.view(E, -1, view.d_model),
+        down_EDC=down_DF.view(view.d_model, E, -1).transpose(0, 1).contiguous(),
+    )
+
+
+@torch.no_grad()
+def fold_dense(
+    view: FFNView, *, dtype: torch.dtype | None = None, down_times: int = 1
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(gate [F, D], up [F, D], down [D, F]) of which SwiGLU is the FFN, `down_times` as large."""
+    w = view.weights()
+    dtype = dtype or w.w_up_FD.dtype
     scale = 1.0 if view.act == "silu" else _GATE_SCALE_FP16 if dtype == torch.float16 else _GATE_SCALE
     half = scale**-0.5
-    total = layer.active if weighting == "renormalised" else E
-    gate_FD = weights.w_up_FD if weights.w_gate_FD is None else weights.w_gate_FD
-    down_DF = weights.w_down_DF
-    return Folded(
-        router_ED=(layer.router.detach().float() * router_scale(layer.router)).to(dtype),
-        gate_ECD=(gate_FD.float() * scale).to(dtype).reshape(E, -1, view.d_model),
-        up_ECD=(weights.w_up_FD.float() * half).to(dtype).reshape(E, -1, view.d_model),
-        down_EDC=(down_DF.float() * (total * half)).to(dtype).reshape(view.d_model, E, -1).transpose(0, 1).contiguous(),
-    )
+    gate_FD = w.w_up_FD if w.w_gate_FD is None else w.w_gate_FD
+    factors = ((gate_FD, scale), (w.w_up_FD, half), (w.w_down_DF, down_times * half))
+    gate, up, down = ((x.float() * factor).to(dtype).contiguous() for x, factor in factors)
+    return gate, up, down
 
 
 def router_scale(router_ED: Tensor) -> float:
@@ -169,7 +187,7 @@ def write_stock(model: PreTrainedModel, folder: Path, engine: Engine) -> Written
     """
     tensors = StockTensors(model)
     experts = experts_of(model, engine.name)
-    check(model, experts, engine)
+    check(model, [layer.view for layer in experts.layers], engine.name, engine.expresses, engine.requires)
     config = stock_config(model, experts, engine)
     state = kept_tensors(model, tensors, experts) | engine.rest(model)
     for layer in experts.layers:
