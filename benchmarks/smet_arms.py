@@ -13,10 +13,6 @@ from typing import Any
 DENSITIES = {"50": 0.5, "25": 0.25, "10": 0.1}
 EVERY = 25
 """Steps between topology updates; the paper's 100 would leave three in a run of 400 steps."""
-MATRIX_LR, EMBEDDING_LR = 0.25, 8.0
-"""Matrices of the blocks, and embeddings (tied to the head), learn at these times the recipe's rate, in every arm. With
-one rate for all, none serves dense: what its embeddings need is too much for its blocks, and sparse layers, whose
-outputs move by less per step, would win by that alone (docs/negative-results.md)."""
 _PLAIN = {"local_clock": False, "warmup_steps": 0, "lr_exponent": 0}
 METHODS: dict[str, dict[str, Any]] = {
     "smet": {},

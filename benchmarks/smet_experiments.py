@@ -15,27 +15,26 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from smet_arms import ARMS, EMBEDDING_LR, EVERY, MATRIX_LR, SETS, Arm
-from torch import Tensor
+from scratch_runs import batches, claimed, gathered, lr_factor, optimizer_of, probed, state_bytes
+from smet_arms import ARMS, EVERY, SETS, Arm
 
 import fallow
 from fallow import machine
 from fallow.errors import FallowError
 from fallow.ops.cross_entropy import causal_lm_loss
-from fallow.optim import adamw_for
 from fallow.training import data, heldout, scratch
 from fallow.training.recipe import Recipe
 from fallow.training.settings import load_file, resolve
-from fallow.training.trainer import RowOrder, collate
+from fallow.training.trainer import collate
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = ROOT / "benchmarks" / "recipes" / "smet-pretrain.yaml"
@@ -67,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for seed in options.seeds:
             for arm in (a for what in options.what for a in SETS.get(what, ())):
                 if not options.arms or arm.name in options.arms:
-                    claimed(folder, recipe, arm, seed)
+                    claimed(folder, f"{arm.name}-s{seed}", partial(train, recipe, arm, seed))
         return 0
     except FallowError as error:
         print(f"smet_experiments: {error}", file=sys.stderr)
@@ -75,26 +74,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("smet_experiments: interrupted; the same command goes on from here", file=sys.stderr)
         return 1
-
-
-def claimed(folder: Path, recipe: Recipe, arm: Arm, seed: int) -> None:
-    """Run one arm, unless it is done or another process has it."""
-    name = f"{arm.name}-s{seed}"
-    target, lock = folder / f"{name}.json", folder / f"{name}.lock"
-    if target.exists():
-        return
-    try:
-        lock.touch(exist_ok=False)
-    except FileExistsError:
-        return
-    try:
-        record = train(recipe, arm, seed)
-        partial = target.with_suffix(".partial")
-        partial.write_text(json.dumps(record))
-        partial.replace(target)
-        print(f"{name}: held-out {record['heldout']:.4f}, {record['seconds']:.0f} s", flush=True)
-    finally:
-        lock.unlink()
 
 
 def train(recipe: Recipe, arm: Arm, seed: int) -> dict[str, Any]:
@@ -110,7 +89,7 @@ def train(recipe: Recipe, arm: Arm, seed: int) -> dict[str, Any]:
     model.loss_function = causal_lm_loss  # type: ignore[assignment]
     text = data.prepare(recipe, begin.tokenizer, model.config.vocab_size)
     handle = fallow.sparsify(model, fallow.SMET(seed=seed, **arm.smet)) if arm.smet is not None else None
-    optimizer = optimizer_of(model, handle, recipe, arm)
+    optimizer = optimizer_of(model, handle, recipe, lr_scale=arm.lr_scale)
     warm = max(1, round(recipe.warmup * recipe.steps))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: lr_factor(s, warm, recipe.steps))
     probe = collate([text.evaluation[i] for i in range(-recipe.batch_size, 0)])
@@ -171,69 +150,14 @@ def train(recipe: Recipe, arm: Arm, seed: int) -> dict[str, Any]:
     }
 
 
-def optimizer_of(model: Any, handle: Any, recipe: Recipe, arm: Arm) -> torch.optim.Optimizer:
-    """The arm's optimizer; matrices of the blocks, dense or packed, and embeddings at rates of their own."""
-    settings = {"lr": recipe.lr * arm.lr_scale, "betas": recipe.betas, "weight_decay": recipe.weight_decay}
-    optimizer = adamw_for(model, **settings) if handle is None else handle.optimizer(**settings)
-    embedding = model.get_input_embeddings().weight
-    for group in list(optimizer.param_groups):
-        matrices = group.get("packed") or group["params"][0].ndim > 1
-        if any(p is embedding for p in group["params"]):
-            shared = {k: v for k, v in group.items() if k != "params"}
-            group["params"] = [p for p in group["params"] if p is not embedding]
-            optimizer.add_param_group(shared | {"params": [embedding], "lr": group["lr"] * EMBEDDING_LR})
-        if matrices:
-            group["lr"] *= MATRIX_LR
-    optimizer.param_groups = [g for g in optimizer.param_groups if g["params"]]
-    return optimizer
-
-
-def lr_factor(step: int, warm: int, steps: int) -> float:
-    """Linear warm-up, then a cosine to a tenth (the paper's)."""
-    if step < warm:
-        return (step + 1) / warm
-    progress = torch.tensor((step - warm) / max(1, steps - warm) * torch.pi)
-    return 0.1 + 0.45 * (1 + float(progress.cos()))
-
-
 def update_due(step: int, steps: int, every: int) -> bool:
     """Whether an update comes after this step."""
     return every > 0 and (step + 1) % every == 0 and step + 1 < steps
 
 
-def batches(rows: Any, recipe: Recipe) -> Iterator[dict[str, Tensor]]:
-    """The batches of a run: a pure function of the recipe's seed."""
-    order = list(RowOrder(rows=len(rows), count=recipe.steps * recipe.batch_size, seed=recipe.seed))
-    for first in range(0, len(order), recipe.batch_size):
-        yield collate([rows[i] for i in order[first : first + recipe.batch_size]])
-
-
-@torch.no_grad()
-def probed(model: torch.nn.Module, batch: dict[str, Tensor]) -> float:
-    """Loss on the fixed held-out batch."""
-    return float(model(**batch, use_cache=False).loss)
-
-
-def state_bytes(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Weights, gradients (as many bytes), buffers and optimizer state."""
-    weights = sum(2 * p.nbytes for p in model.parameters()) + sum(b.nbytes for b in model.buffers())
-    return weights + sum(
-        s.nbytes for state in optimizer.state.values() for s in state.values() if isinstance(s, Tensor)
-    )
-
-
 def write(folder: Path) -> Path:
     """All runs in one file, machine once."""
-    runs = [json.loads(p.read_text()) for p in sorted(folder.glob("*.json"))]
-    hosts = {json.dumps(r.pop("machine"), sort_keys=True) for r in runs}
-    recipe = dataclasses.asdict(resolve(load_file(RECIPE), {}))
-    result = {
-        "experiment": "smet-pretrain",
-        "recipe": recipe,
-        "machines": [json.loads(h) for h in sorted(hosts)],
-        "runs": runs,
-    }
-    RESULT.write_text(json.dumps(result, separators=(",", ":")) + "\n")
+    gathered(folder, "smet-pretrain", dataclasses.asdict(resolve(load_file(RECIPE), {})), RESULT)
     return RESULT.relative_to(ROOT)
 
 

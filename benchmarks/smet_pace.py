@@ -16,6 +16,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+import scratch_runs
 import smet_experiments as experiments
 import torch
 from smet_arms import EVERY, MAIN, Arm
@@ -67,8 +68,8 @@ def stepper(recipe: Recipe, arm: Arm) -> Callable[[], None]:
     model.loss_function = causal_lm_loss  # type: ignore[assignment]
     rows = data.prepare(recipe, begin.tokenizer, model.config.vocab_size).train
     handle = fallow.sparsify(model, fallow.SMET(**arm.smet)) if arm.smet is not None else None
-    optimizer = experiments.optimizer_of(model, handle, recipe, arm)
-    stream = experiments.batches(rows, recipe)
+    optimizer = scratch_runs.optimizer_of(model, handle, recipe, lr_scale=arm.lr_scale)
+    stream = scratch_runs.batches(rows, recipe)
     steps = iter(range(recipe.steps))
 
     def step() -> None:

@@ -21,9 +21,10 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import scratch_runs
 import smet_experiments as experiments
 import torch
-from smet_arms import EVERY, Arm
+from smet_arms import EVERY
 
 import fallow
 from fallow import machine
@@ -71,15 +72,15 @@ def measure(density: float, lr_exponent: float, lr_scale: float, seed: int) -> d
     text = data.prepare(recipe, begin.tokenizer, model.config.vocab_size)
     config = fallow.SMET(density=density, lr_exponent=lr_exponent, update_every=1, seed=seed)
     handle: Any = fallow.sparsify(model, dataclasses.replace(config, update_fraction=0.0))
-    optimizer = experiments.optimizer_of(model, handle, recipe, Arm(name="spike", lr_scale=lr_scale))
+    optimizer = scratch_runs.optimizer_of(model, handle, recipe, lr_scale=lr_scale)
     warm = max(1, round(recipe.warmup * recipe.steps))
     base = [g["lr"] for g in optimizer.param_groups]
     probe = collate([text.evaluation[i] for i in range(-2 * recipe.batch_size, 0)])
-    rows = list(experiments.batches(text.train, recipe))
+    rows = list(scratch_runs.batches(text.train, recipe))
 
     def step(at: int) -> None:
         for group, rate in zip(optimizer.param_groups, base, strict=True):
-            group["lr"] = rate * experiments.lr_factor(at, warm, recipe.steps)
+            group["lr"] = rate * scratch_runs.lr_factor(at, warm, recipe.steps)
         model(**rows[at], use_cache=False).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
         optimizer.step()
@@ -98,10 +99,10 @@ def measure(density: float, lr_exponent: float, lr_scale: float, seed: int) -> d
             use(settings)
             handle.before_step(at, recipe.steps)
             handle.after_step(at, recipe.steps)
-            losses = [experiments.probed(model, probe)]
+            losses = [scratch_runs.probed(model, probe)]
             for later in range(at + 1, at + 1 + STEPS):
                 step(later)
-                losses.append(experiments.probed(model, probe))
+                losses.append(scratch_runs.probed(model, probe))
             rises[name].append(losses)
             model.load_state_dict(saved[0])
             handle.load_state_dict(saved[2])

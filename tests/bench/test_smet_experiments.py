@@ -16,6 +16,7 @@ import fallow
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import scratch_runs  # noqa: E402
 import smet_arms as arms  # noqa: E402
 import smet_collate as collated  # noqa: E402
 import smet_experiments as experiments  # noqa: E402
@@ -34,7 +35,7 @@ def state_bytes(arm):
     """Of a whole model after one step and one update of the topology."""
     model = model_of(arm.widths)
     handle = fallow.sparsify(model, fallow.SMET(**arm.smet)) if arm.smet else None
-    optimizer = experiments.optimizer_of(model, handle, resolve(load_file(experiments.RECIPE), {}), arm)
+    optimizer = scratch_runs.optimizer_of(model, handle, resolve(load_file(experiments.RECIPE), {}))
     for step in range(arms.EVERY):
         if handle:
             handle.before_step(step, 1000)
@@ -45,7 +46,7 @@ def state_bytes(arm):
             optimizer.zero_grad()
         if handle:
             handle.after_step(step, 1000)
-    return experiments.state_bytes(model, optimizer)
+    return scratch_runs.state_bytes(model, optimizer)
 
 
 @pytest.mark.parametrize("percent", arms.DENSITIES)
@@ -64,12 +65,12 @@ def test_every_arm_is_a_valid_config_and_learns_at_its_rates():
         arm = arms.ARMS[name]
         model = model_of({})
         handle = fallow.sparsify(model, fallow.SMET(**arm.smet)) if arm.smet else None
-        optimizer = experiments.optimizer_of(model, handle, recipe, arm)
+        optimizer = scratch_runs.optimizer_of(model, handle, recipe, lr_scale=arm.lr_scale)
         rates = {id(p): g["lr"] for g in optimizer.param_groups for p in g["params"]}
         for parameter_name, p in model.named_parameters():
             inner = "layers" in parameter_name and "norm" not in parameter_name
-            want = recipe.lr * arms.MATRIX_LR * share if inner else recipe.lr
-            want *= arms.EMBEDDING_LR if "embed" in parameter_name else 1
+            want = recipe.lr * scratch_runs.MATRIX_LR * share if inner else recipe.lr
+            want *= scratch_runs.EMBEDDING_LR if "embed" in parameter_name else 1
             assert rates[id(p)] == pytest.approx(want), (name, parameter_name)
         assert len(rates) == len(list(model.parameters()))
 
