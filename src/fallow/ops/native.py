@@ -58,6 +58,11 @@ _SIGNATURES: dict[str, tuple[object, ...]] = {
     "fallow_compress": (*[_ADDRESS] * 4, c_int64, c_int64, c_int, c_int, c_int),
     "fallow_block_forward": (*[_ADDRESS] * 5, c_int64, c_int, c_int, c_int),
     "fallow_block_backward": (*[_ADDRESS] * 6, c_int64, c_int, c_int, c_int),
+    "fallow_expert_sort": (_ADDRESS, *[c_int64] * 4, *[_ADDRESS] * 4),
+    "fallow_expert_gather": (*[_ADDRESS] * 3, *[c_int64] * 3, c_int),
+    "fallow_expert_hidden": (*[_ADDRESS] * 3, c_int64, *[c_int] * 3),
+    "fallow_expert_hidden_backward": (*[_ADDRESS] * 6, c_int64, c_int64, *[c_int] * 3),
+    "fallow_expert_combine": (*[_ADDRESS] * 4, *[c_int64] * 3, c_int, c_int),
     "fallow_cross_entropy_forward": (*_CE_COMMON, _ADDRESS, c_int),
     "fallow_cross_entropy_backward": (*_CE_COMMON, c_float, _ADDRESS, c_int),
 }

@@ -7,6 +7,9 @@ the largest buffer asked for per use and dtype, until the process ends.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -18,10 +21,16 @@ def empty_like(x: Tensor, use: str) -> Tensor:
     """Uninitialised, contiguous, x's shape and dtype. `use` names the caller; other devices take torch's allocator."""
     if x.device.type != "cpu":
         return torch.empty_like(x, memory_format=torch.contiguous_format)
-    flat = _held.get((use, x.dtype))
-    if flat is None or flat.numel() < x.numel() or _in_use(flat):
-        flat = _held[use, x.dtype] = torch.empty(x.numel(), dtype=x.dtype)
-    return flat[: x.numel()].view(x.shape)
+    return empty(x.shape, x.dtype, use)
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype, use: str) -> Tensor:
+    """Uninitialised, contiguous, on the CPU; `use` as in `empty_like`."""
+    numel = math.prod(shape)
+    flat = _held.get((use, dtype))
+    if flat is None or flat.numel() < numel or _in_use(flat):
+        flat = _held[use, dtype] = torch.empty(numel, dtype=dtype)
+    return flat[:numel].view(shape)
 
 
 def _in_use(flat: Tensor) -> bool:
