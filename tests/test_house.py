@@ -24,8 +24,9 @@ FAMILY = re.compile(
     r"(_text|_moe)?(\d*(Config|Model|MLP|Attention|DecoderLayer|ForCausalLM))?",
     re.IGNORECASE,
 )
-# Benchmarks build stock models of known widths, so they must name a class of transformers.
-MAY_NAME_FAMILIES = {"anatomy", "bench"}
+# Benchmarks build stock models of known widths, so they must name a class of transformers; exports write the formats of
+# engines that have such names.
+MAY_NAME_FAMILIES = {"anatomy", "bench", "exporting"}
 
 
 def rooms() -> list[str]:

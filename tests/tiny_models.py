@@ -47,6 +47,7 @@ _SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo2": ("olmo2", _LLAMA_LIKE),
     "smollm3": ("smollm3", {**_LLAMA_LIKE, "no_rope_layer_interval": 2}),
     "granite": ("granite", {**_LLAMA_LIKE, "attention_multiplier": 0.3, "residual_multiplier": 0.5}),
+    "arcee": ("arcee", {**_LLAMA_LIKE, "hidden_act": "relu2"}),
     "phi3": ("phi3", {**_LLAMA_LIKE, "resid_pdrop": 0.0, "embd_pdrop": 0.0}),
     "gpt_neox": (
         "gpt_neox",

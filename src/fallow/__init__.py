@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from fallow.handle import sparsify as sparsify
     from fallow.methods.sat import SAT as SAT
     from fallow.methods.smet import SMET as SMET
+    from fallow.methods.ssd import SSD as SSD
     from fallow.training.callback import SparsityCallback as SparsityCallback
 
 __version__ = "0.1.0"
@@ -20,13 +21,14 @@ _HOMES = {
     "FallowError": "fallow.errors",
     "SAT": "fallow.methods.sat",
     "SMET": "fallow.methods.smet",
+    "SSD": "fallow.methods.ssd",
     "SparsityCallback": "fallow.training.callback",
     "export": "fallow.exporting",
     "load_packed": "fallow.exporting.packed",
     "sparsify": "fallow.handle",
 }
 
-__all__ = ["SAT", "SMET", "FallowError", "SparsityCallback", "__version__", "export", "load_packed", "sparsify"]
+__all__ = ["SAT", "SMET", "SSD", "FallowError", "SparsityCallback", "__version__", "export", "load_packed", "sparsify"]
 
 
 def __getattr__(name: str) -> object:

@@ -6,6 +6,8 @@ A trainer needs nothing but this file. A new method is one subclass of `Method` 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from fallow.errors import ConfigError
@@ -21,6 +23,9 @@ class Method(ABC):
     """A model made sparse in place, and the handle on it. Built by `fallow.sparsify`, undone by `remove()`."""
 
     name: ClassVar[str]
+    two_modes: ClassVar[bool] = False
+    """Whether the trained weights may be served sparse: held-out loss is then taken in both modes, and the method's
+    state is kept beside the trained model."""
 
     def __init__(self, model: PreTrainedModel, config: Any) -> None:
         self.model = model
@@ -66,6 +71,23 @@ class Method(ABC):
     @abstractmethod
     def set_mode(self, mode: Mode) -> None:
         """`"dense"`: every neuron computed. `"sparse"`: as trained. Same weights."""
+
+    @contextmanager
+    def in_mode(self, mode: Mode) -> Iterator[None]:
+        """`set_mode(mode)` for a block of code, and afterwards as before."""
+        before = self.mode
+        self.set_mode(mode)
+        try:
+            yield
+        finally:
+            self.set_mode(before)
+
+    def watch(self, batch: dict[str, torch.Tensor]) -> None:  # noqa: B027  most methods look at no batch of their own
+        """A fixed held-out batch (what the model takes, labels included) that the method may run when it likes."""
+
+    def insight(self) -> dict[str, Any]:
+        """What the method saw and decided so far, as JSON holds it, for the report's page; empty: nothing to tell."""
+        return {}
 
     @abstractmethod
     def remove(self) -> PreTrainedModel:

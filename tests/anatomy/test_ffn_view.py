@@ -16,8 +16,16 @@ ACT = {
     "gelu": F.gelu,
     "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
     "relu": F.relu,
+    "relu2": lambda z: F.relu(z).square(),
 }
-EXPECTED_ACT = {"gemma2": "gelu_tanh", "gemma3": "gelu_tanh", "gpt2": "gelu_tanh", "gpt_neox": "gelu", "opt": "relu"}
+EXPECTED_ACT = {
+    "gemma2": "gelu_tanh",
+    "gemma3": "gelu_tanh",
+    "gpt2": "gelu_tanh",
+    "gpt_neox": "gelu",
+    "opt": "relu",
+    "arcee": "relu2",
+}
 
 
 def run(model, batch):
@@ -64,7 +72,7 @@ def test_views_describe_the_model(family):
     for i, view in enumerate(found.ffns):
         assert (view.layer, view.n_channels, view.d_model) == (i, N_CHANNELS, 32)
         assert view.act == EXPECTED_ACT.get(family, "silu")
-        assert view.kind == ("plain" if family in ("gpt2", "gpt_neox", "opt") else "gated")
+        assert view.kind == ("plain" if family in ("gpt2", "gpt_neox", "opt", "arcee") else "gated")
         assert model.get_submodule(view.name) is not None
         along = view.parameters_along_channels()
         for name, parameter, dim, segments in along:

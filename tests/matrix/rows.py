@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from fallow import SAT, SMET, anatomy
+from fallow import SAT, SMET, SSD, anatomy
 from fallow.method import Method
 
 
@@ -32,6 +32,10 @@ class Row:
     """The training loss is the dense one; only gradients are omitted."""
     exact_zero: bool = True
     """At zero sparsity the arithmetic is stock's to the bit, not only up to rounding."""
+    same_order: bool = True
+    """Neurons stay where they are; else sums in other orders differ in rounding."""
+    per_token: bool = False
+    """Every token has its own choice, so no neuron is without gradient; and evaluation is sparse where asked for."""
     sparse_weights: bool = False
     """Weights are sparse, not the computation: evaluation and both modes see the same model, and what a wrapped model's
     `state_dict()` holds is smaller than the stock one."""
@@ -48,11 +52,19 @@ class Row:
                 found[name] = gradient.t() if isinstance(layer.stock, Conv1D) else gradient
             else:
                 found[name] = p.grad.clone()
+        handle = model._fallow
+        for layer in handle.layers if not self.same_order else ():
+            back = torch.argsort(layer.ids)
+            for where in layer.view.parameters_along_channels():
+                index = torch.cat([back + s * layer.view.n_channels for s in range(where.segments)])
+                found[where.name] = found[where.name].index_select(where.dim, index)
         return found
 
     def choice(self, handle: Any) -> list[torch.Tensor]:
         """What the method chose, layer by layer."""
-        return [x.mask() for x in handle.layers] if self.sparse_weights else [x.kept.clone() for x in handle.ffns]
+        if self.sparse_weights:
+            return [x.mask() for x in handle.layers]
+        return [x.kept.clone() for x in handle.ffns] if self.same_order else [x.ids.clone() for x in handle.layers]
 
 
 def sat_reference(handle: Any, stock: nn.Module) -> AbstractContextManager:
@@ -105,6 +117,30 @@ def smet_reference(handle: Any, stock: nn.Module) -> AbstractContextManager:
     return stack
 
 
+def ssd_reference(handle: Any, stock: nn.Module) -> AbstractContextManager:
+    """Per token, masks on the input of a stock model's down projections, with the coefficient 1 + p - stopgrad(p)."""
+    stack = ExitStack()
+    for sparse, view in zip(handle.layers, anatomy.inspect(stock).ffns, strict=True):
+        expert_F = torch.argsort(sparse.ids) // (view.n_channels // sparse.n_experts)
+        down = stock.get_submodule(view.parameters_along_channels()[-1].name.removesuffix(".weight"))
+        up = stock.get_submodule(view.parameters_along_channels()[0].name.rpartition(".")[0])
+        seen: dict[str, torch.Tensor] = {}
+
+        def note(_module: nn.Module, args: tuple, seen: dict = seen) -> None:
+            seen["x"] = args[0]
+
+        def mask(_module: nn.Module, args: tuple, seen: dict = seen, sparse: Any = sparse, e: Any = expert_F) -> tuple:
+            x = seen["x"].reshape(-1, seen["x"].shape[-1])
+            top = (x @ sparse.router.detach().t()).topk(sparse.active, dim=1)
+            p = top.values.softmax(1)
+            weight_TE = torch.zeros(x.shape[0], sparse.n_experts).scatter(1, top.indices, 1 + p - p.detach())
+            return (args[0] * weight_TE[:, e].view(args[0].shape), *args[1:])
+
+        stack.callback(up.register_forward_pre_hook(note).remove)
+        stack.callback(down.register_forward_pre_hook(mask).remove)
+    return stack
+
+
 def smet(**settings: Any) -> Any:
     return SMET(update_every=2, lr_exponent=0, **settings)
 
@@ -152,5 +188,33 @@ ROWS = (
         smet_reference,
         exact_zero=False,
         sparse_weights=True,
+    ),
+    Row(
+        "ssd",
+        lambda: SSD(experts=4, active=1, schedule="always_sparse", relu="ignore"),
+        lambda: SSD(experts=4, active=4, schedule="always_sparse", relu="ignore"),
+        ssd_reference,
+        exact_zero=False,
+        same_order=False,
+        per_token=True,
+    ),
+    Row(
+        "ssd-switching",
+        lambda: SSD(
+            experts=8,
+            active=3,
+            schedule="fixed",
+            dense_start=0,
+            sparse_share=0.25,
+            dense_share=0.1,
+            monitor_every=1,
+            cluster_by="activations",
+            relu="ignore",
+        ),
+        lambda: SSD(experts=8, active=8, schedule="fixed", dense_start=0, relu="ignore"),
+        ssd_reference,
+        exact_zero=False,
+        same_order=False,
+        per_token=True,
     ),
 )

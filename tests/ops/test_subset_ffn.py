@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from fallow.bench.gate import relative_error
 from fallow.errors import BackendError, ConfigError
-from fallow.ops.subset_ffn import ACTIVATIONS, cpu, subset_ffn
+from fallow.ops.activation import ACTIVATIONS
+from fallow.ops.subset_ffn import cpu, subset_ffn
 
 
 def make(T, D, F, dtype, *, gated, biased, seed=0):

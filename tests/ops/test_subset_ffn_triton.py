@@ -165,7 +165,7 @@ def assert_equal_to_naive(named, idx, *, variant, **options):
 @pytest.mark.parametrize("variant", triton.VARIANTS)
 @pytest.mark.parametrize("omit_in", ["forward+backward", "backward", "weight_grad"])
 @pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
-@pytest.mark.parametrize("act", ["silu", "gelu", "gelu_tanh", "relu"])
+@pytest.mark.parametrize("act", ["silu", "gelu", "gelu_tanh", "relu", "relu2"])
 def test_value_and_gradients(poisoned, act, gated, omit_in, variant):
     named = inputs(19, 21, 37, gated=gated)
     idx = chosen(37, 18).flip(0) if act == "relu" else chosen(37, 18)  # the order of the index is free

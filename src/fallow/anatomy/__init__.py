@@ -8,7 +8,7 @@ from fallow.anatomy.attention import AttentionView, HeadGate
 from fallow.anatomy.families import FAMILIES
 from fallow.anatomy.ffn import ChannelParam, FFNView, FFNWeights
 from fallow.anatomy.heads import HeadParam
-from fallow.anatomy.inspection import Anatomy, inspect
+from fallow.anatomy.inspection import Anatomy, inspect, put_relu
 from fallow.anatomy.linear import LinearView, out_dim
 
 __all__ = [
@@ -23,4 +23,5 @@ __all__ = [
     "LinearView",
     "inspect",
     "out_dim",
+    "put_relu",
 ]

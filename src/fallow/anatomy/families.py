@@ -111,6 +111,7 @@ FAMILIES: dict[str, Family] = {
             head_attributes=("num_key_value_groups", "num_key_value_heads", "config.num_attention_heads"),
         ),
     ),
+    "arcee": Family(ffn=FFNLayout(up="up_proj", down="down_proj", act="act_fn"), attention=SEPARATE),
     "gpt_neox": Family(
         layers="gpt_neox.layers",
         ffn=FFNLayout(up="dense_h_to_4h", down="dense_4h_to_h", act="act"),
@@ -139,6 +140,7 @@ ACTIVATIONS: dict[type[nn.Module], str] = {
     nn.SiLU: "silu",
     A.SiLUActivation: "silu",
     nn.ReLU: "relu",
+    A.ReLUSquaredActivation: "relu2",
     A.GELUActivation: "gelu",
     A.GELUTanh: "gelu_tanh",
     A.NewGELUActivation: "gelu_tanh",
@@ -148,8 +150,12 @@ ACTIVATIONS: dict[type[nn.Module], str] = {
 """Activation modules by what they compute; the tanh forms of GELU differ in rounding only."""
 
 
+CONFIG_ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function")
+"""Where configs name the activation of the FFN."""
+
+
 def activation_name(module: nn.Module) -> str | None:
-    """ "silu", "gelu", "gelu_tanh" or "relu"; None when the module is none of these."""
+    """ "silu", "gelu", "gelu_tanh", "relu" or "relu2"; None when the module is none of these."""
     if type(module) is nn.GELU:
         return "gelu_tanh" if module.approximate == "tanh" else "gelu"
     return ACTIVATIONS.get(type(module))

@@ -91,7 +91,7 @@ class FFNView:
     name: dotted name of the FFN module, or of the decoder layer where the FFN has no module of its own (OPT).
     layer: index of the decoder layer.
     kind: "gated" or "plain" (two matrices).
-    act: "silu", "gelu", "gelu_tanh" or "relu".
+    act: "silu", "gelu", "gelu_tanh", "relu" or "relu2" (its square).
     n_channels, d_model: F and D.
     """
 
@@ -105,7 +105,7 @@ class FFNView:
         if act is None:
             raise UnsupportedModelError(
                 f"{name}.{layout.act} is a {type(holder.get_submodule(layout.act)).__name__}; fallow computes silu, "
-                "gelu, gelu_tanh and relu: add it to ACTIVATIONS in anatomy/families.py and to ops/subset_ffn"
+                "gelu, gelu_tanh, relu and relu2: add it to ACTIVATIONS in anatomy/families.py and to ops/activation.py"
             )
         self.act = act
         self.d_model, self.n_channels = weight_OI(self._part(layout.down)).shape
@@ -167,6 +167,13 @@ class FFNView:
         module = self._holder._modules[part]
         # A slot has fired the hooks it shares with its stock module already, so only the stock computation is run.
         return module.stock.forward(x) if isinstance(module, Slot) else cast(nn.Module, module)(x)
+
+    def put_relu(self) -> None:
+        """ReLU in the place of the activation module, for good: ReGLU of a SwiGLU, the first step of ReLU-fication."""
+        if self._slots:
+            raise ConfigError(f"{self.name} has a forward installed; call uninstall() before its activation is changed")
+        self._holder.set_submodule(self._layout.act, nn.ReLU())
+        self.act = "relu"
 
     @property
     def installed(self) -> bool:

@@ -9,7 +9,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from fallow.anatomy.attention import AttentionView
-from fallow.anatomy.families import FAMILIES, Family
+from fallow.anatomy.families import CONFIG_ACTIVATIONS, FAMILIES, Family
 from fallow.anatomy.ffn import FFNView
 from fallow.anatomy.linear import LinearView, as_linear
 from fallow.anatomy.slot import Slot
@@ -85,6 +85,16 @@ def inspect(model: PreTrainedModel) -> Anatomy:
         n_layers=len(layers),
         layers=layers,
     )
+
+
+def put_relu(model: PreTrainedModel, found: Anatomy) -> None:
+    """ReLU as the activation of every FFN, in the modules and in the config, so that the model is saved as what it is
+    now. For good: the trained weights are those of a ReLU model."""
+    for view in found.ffns:
+        view.put_relu()
+    for name in CONFIG_ACTIVATIONS:
+        if hasattr(model.config, name):
+            setattr(model.config, name, "relu")
 
 
 def _layers(model: nn.Module, row: Family) -> tuple[str, list[nn.Module]]:

@@ -2,3 +2,4 @@
 
 from fallow.methods import sat as sat
 from fallow.methods import smet as smet
+from fallow.methods import ssd as ssd

@@ -8,13 +8,14 @@ is drawn, so that evaluating more or less often never changes a run.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from datasets import Dataset
 from transformers import PreTrainedModel
 
 from fallow.errors import DataError
-from fallow.method import Method
+from fallow.method import Method, Mode
 from fallow.training.packing import IGNORED
 
 
@@ -25,6 +26,7 @@ def loss(
     tokens: int,
     batch_size: int,
     sparsity: Method | None = None,
+    mode: Mode = "dense",
     stopped: Callable[[], bool] = lambda: False,
 ) -> float | None:
     """Mean cross-entropy in nats over about `tokens` held-out tokens.
@@ -34,7 +36,8 @@ def loss(
         rows: packed rows (columns input_ids, position_ids, labels, each [T] int64).
         tokens: how many, rounded to whole rows, taken evenly spaced from all of them.
         batch_size: rows per forward pass.
-        sparsity: the method on the model, if any; run dense.
+        sparsity: the method on the model, if any.
+        mode: what it computes meanwhile.
         stopped: asked before each batch; True ends the evaluation.
 
     Returns:
@@ -46,13 +49,11 @@ def loss(
     seq_len = len(rows[0]["input_ids"])
     count = min(len(rows), max(1, tokens // seq_len))
     chosen = [i * len(rows) // count for i in range(count)]
-    was_training, mode = model.training, sparsity.mode if sparsity else None
+    was_training = model.training
     total, predicted = 0.0, 0
     model.eval()
-    if sparsity:
-        sparsity.set_mode("dense")
     try:
-        with torch.no_grad():
+        with torch.no_grad(), sparsity.in_mode(mode) if sparsity else nullcontext():
             for start in range(0, count, batch_size):
                 if stopped():
                     return None
@@ -62,8 +63,6 @@ def loss(
                     total += float(model(**batch, use_cache=False).loss) * number
                     predicted += number
     finally:
-        if sparsity and mode:
-            sparsity.set_mode(mode)
         model.train(was_training)
     if not predicted:
         raise DataError("no held-out token bears loss; name more eval_data or raise seq_len")

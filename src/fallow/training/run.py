@@ -24,6 +24,7 @@ from fallow.method import Method
 from fallow.ops import attention, cross_entropy
 from fallow.training import checkpoint, data, models, precision, scratch, state_bytes, trainer
 from fallow.training.cache import build_folder
+from fallow.training.callback import save_state
 from fallow.training.meters import Meters, memory_mb
 from fallow.training.progress import Display
 from fallow.training.recipe import Recipe
@@ -234,6 +235,7 @@ class _Run:
 
     def _save_model(self) -> None:
         """The stock model, as weights were trained, loadable by `from_pretrained`; renamed into place when whole."""
+        kept = self.sparsity if self.sparsity and self.sparsity.two_modes else None
         model = self.sparsity.remove() if self.sparsity else self.model
         assert isinstance(model, PreTrainedModel)
         shutil.rmtree(self.folder.model, ignore_errors=True)
@@ -241,6 +243,8 @@ class _Run:
         def build(target: Path) -> None:
             model.save_pretrained(target)
             self.tokenizer.save_pretrained(target)
+            if kept is not None:
+                save_state(kept, target)
 
         with self.meters.phase("checkpoint"):
             checkpoint.guarded(
@@ -278,13 +282,15 @@ class _Run:
     def _count_files(self) -> None:
         self.record["memory"] |= {"files": state_bytes.files(self.folder.checkpoints, self.folder.model)}
 
-    def _on_eval(self, loss: float) -> None:
+    def _on_eval(self, loss: float, sparse_loss: float | None) -> None:
         if not self.main:
             return
-        self.folder.append({"kind": "eval", **self._now_at(), "loss": loss})
+        both = {"loss": loss} | ({"sparse_loss": sparse_loss} if sparse_loss is not None else {})
+        self.folder.append({"kind": "eval", **self._now_at(), **both})
         when = "before" if self.meters.steps == 0 else "after"
-        self.record["eval"][when] = {"loss": loss}
-        self.display.say(f"held-out loss at step {self.meters.steps}: {loss:.4f}")
+        self.record["eval"][when] = both
+        sparse = f", computed sparse {sparse_loss:.4f}" if sparse_loss is not None else ""
+        self.display.say(f"held-out loss at step {self.meters.steps}: {loss:.4f}{sparse}")
         self._write()
 
     def _now_at(self) -> dict[str, Any]:
@@ -297,6 +303,8 @@ class _Run:
 
     def _write(self) -> None:
         self.record["totals"], self.record["time"] = self.meters.totals(), self.meters.time_by_phase()
+        if self.sparsity and (insight := self.sparsity.insight()):
+            self.record["insight"] = insight
         self.folder.write(self.record)
 
 

@@ -20,7 +20,7 @@ from torch.utils.data import Sampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from fallow.method import Method
+from fallow.method import Method, Mode
 from fallow.optim import adamw_for
 from fallow.training import checkpoint, heldout
 from fallow.training.callback import SparsityCallback, save_state
@@ -60,7 +60,7 @@ class Hooks:
     def __init__(self) -> None:
         self.on_step: Callable[[int], None] = lambda step: None
         self.on_log: Callable[[dict[str, float]], None] = lambda logs: None
-        self.on_eval: Callable[[float], None] = lambda loss: None
+        self.on_eval: Callable[[float, float | None], None] = lambda loss, sparse_loss: None
         self.on_updated: Callable[[torch.optim.Optimizer], None] = lambda optimizer: None
         self.stopped: Callable[[], bool] = lambda: False
 
@@ -80,6 +80,8 @@ class RunMixin(Trainer):
         self.remove_callback(PrinterCallback)
         self.add_callback(_Pace(self))
         if sparsity is not None:
+            rows: Any = self.eval_dataset
+            sparsity.watch(collate([rows[i] for i in range(min(recipe.batch_size, len(rows)))]))
             self.add_callback(_TimedSparsity(sparsity, meters))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
@@ -124,25 +126,32 @@ class RunMixin(Trainer):
             self.hooks.on_log(logs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Dense held-out loss in nats per token as `eval_loss`; empty when Ctrl-C ended it."""
-        assert isinstance(self.model, PreTrainedModel)
+        """Dense held-out loss in nats per token as `eval_loss`; empty when Ctrl-C ended it. After the last step also
+        the loss computed sparse, of a method whose weights may be served so."""
+        both = self.sparsity is not None and self.sparsity.two_modes and self.state.global_step >= self.recipe.steps
         with self.meters.phase("evaluation"):
-            found = heldout.loss(
-                self.model,
-                self.eval_dataset,  # type: ignore[arg-type]
-                tokens=self.recipe.eval_tokens,
-                batch_size=self.recipe.batch_size,
-                sparsity=self.sparsity,
-                stopped=self.hooks.stopped,
-            )
-        if found is None:
+            found = self._heldout("dense")
+            sparse = self._heldout("sparse") if both and found is not None else None
+        if found is None or (both and sparse is None):
             self.control.should_save = self.control.should_training_stop = True
             self.control.should_evaluate = False
             return {}
-        self.hooks.on_eval(found)
+        self.hooks.on_eval(found, sparse)
         metrics = {"eval_loss": found}
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _heldout(self, mode: Mode) -> float | None:
+        assert isinstance(self.model, PreTrainedModel)
+        return heldout.loss(
+            self.model,
+            self.eval_dataset,  # type: ignore[arg-type]
+            tokens=self.recipe.eval_tokens,
+            batch_size=self.recipe.batch_size,
+            sparsity=self.sparsity,
+            mode=mode,
+            stopped=self.hooks.stopped,
+        )
 
     def _get_output_dir(self, trial: Any) -> str:
         return self._target or super()._get_output_dir(trial)

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from fallow.errors import CheckpointError
 from fallow.methods.smet import moving
-from fallow.methods.smet.shards import whole
 from fallow.ops import packed
+from fallow.shards import whole
 
 Carry = Callable[[Tensor], Tensor]
 """A whole tensor of `values`' shape in the old order -> in the new one, zeros for the newborn."""

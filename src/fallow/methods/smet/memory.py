@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from fallow.methods.smet.config import SMET
 from fallow.methods.smet.layers import PackedLinear, SparseLinear
-from fallow.methods.smet.shards import local
 from fallow.ops.packed import scratch_bytes
+from fallow.shards import local
 
 KINDS = ("weights", "gradients", "moments", "masters", "clocks", "topology")
 

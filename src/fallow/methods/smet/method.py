@@ -22,9 +22,9 @@ from fallow.methods.smet.clock import FIRST, Clock, older
 from fallow.methods.smet.config import SMET
 from fallow.methods.smet.layers import PackedLinear, SparseLinear
 from fallow.methods.smet.optimizer import SMETAdamW
-from fallow.methods.smet.shards import put, whole
 from fallow.ops.packed import naive as bits
 from fallow.optim import decay_groups
+from fallow.shards import put, whole
 
 _CARRIED = ("exp_avg", "exp_avg_sq", "master", "age")
 

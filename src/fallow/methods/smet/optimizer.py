@@ -17,9 +17,9 @@ from torch.distributed.tensor import DTensor
 from fallow.errors import CheckpointError
 from fallow.methods.smet.clock import FIRST, Clock, tables
 from fallow.methods.smet.config import SMET
-from fallow.methods.smet.shards import first_entry, local, put
 from fallow.ops import adamw
 from fallow.optim import AdamW
+from fallow.shards import first_entry, local, put
 
 if TYPE_CHECKING:
     from torch import nn

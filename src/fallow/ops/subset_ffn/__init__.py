@@ -12,11 +12,11 @@ from __future__ import annotations
 from torch import Tensor
 
 from fallow.errors import BackendError, ConfigError
+from fallow.ops.activation import ACTIVATIONS
 from fallow.ops.subset_ffn import cpu, naive, triton
 
 BACKENDS = [triton, cpu, naive]
 OMIT_IN = ("forward+backward", "backward", "weight_grad")
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 last_used = "none yet"
 
 
@@ -41,7 +41,7 @@ def subset_ffn(
         w_up_FD, w_gate_FD: [F, D]; `w_gate_FD=None` is the two-matrix FFN.
         w_down_DF: [D, F].
         idx_K: int64 kept channels, sorted: [K] for all tokens, or [S, K] for S sequences of T/S tokens; None keeps all.
-        act: "silu", "gelu", "gelu_tanh" or "relu".
+        act: "silu", "gelu", "gelu_tanh", "relu" or "relu2" (its square).
         omit_in: "forward+backward" computes the kept channels only; "backward" computes all channels forward, and
             lets gradient through the kept ones only, saving only their activations; "weight_grad" is the dense FFN,
             input gradient included, except that weights and biases of omitted channels get no gradient.

@@ -16,9 +16,9 @@ import threading
 import torch
 from torch import Tensor
 
+from fallow.ops.activation import activation
 from fallow.ops.gather import gather_cols, gather_rows, spread_cols, spread_rows
 from fallow.ops.subset_ffn import weight_grad
-from fallow.ops.subset_ffn.naive import activation
 
 name = "cpu"
 _local = threading.local()
@@ -89,6 +89,8 @@ def _activation_backward(grad: Tensor, z: Tensor, act: str, out: Tensor) -> None
         torch.ops.aten.silu_backward.grad_input(grad, z, grad_input=out)
     elif act == "relu":
         torch.ops.aten.threshold_backward.grad_input(grad, z, 0, grad_input=out)
+    elif act == "relu2":
+        torch.mul(grad, torch.relu(z).mul_(2), out=out)
     else:
         approximate = "tanh" if act == "gelu_tanh" else "none"
         torch.ops.aten.gelu_backward.grad_input(grad, z, approximate=approximate, grad_input=out)

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fallow.ops.activation import activation
+
 name = "naive"
 
 
@@ -20,15 +22,6 @@ def available() -> tuple[bool, str]:
 
 def usable(x: Tensor) -> tuple[bool, str]:
     return True, "works on every device and dtype"
-
-
-def activation(z: Tensor, act: str) -> Tensor:
-    """`act` is one of "silu", "gelu", "gelu_tanh", "relu"."""
-    if act == "silu":
-        return F.silu(z)
-    if act == "relu":
-        return F.relu(z)
-    return F.gelu(z, approximate="tanh" if act == "gelu_tanh" else "none")
 
 
 def subset_ffn(

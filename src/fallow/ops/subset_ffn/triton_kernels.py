@@ -74,6 +74,9 @@ def value_and_slope(a, ACT: tl.constexpr):
     elif ACT == "relu":
         value = tl.where(a < 0, 0.0, a)
         slope = tl.where(a > 0, 1.0, 0.0)
+    elif ACT == "relu2":
+        value = tl.where(a < 0, 0.0, a * a)
+        slope = tl.where(a > 0, 2.0 * a, 0.0)
     elif ACT == "gelu":
         cdf = 0.5 * (1.0 + tl.erf(a * 0.7071067811865476))
         value = a * cdf

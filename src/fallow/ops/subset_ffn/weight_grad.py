@@ -15,8 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fallow.ops.activation import activation
 from fallow.ops.gather import gather_cols, spread_cols, spread_rows
-from fallow.ops.subset_ffn.naive import activation
 
 
 @torch.library.custom_op("fallow::partial_weight_grad", mutates_args=())

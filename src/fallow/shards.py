@@ -7,7 +7,8 @@ vector once in `update_every` steps is simpler than routing entries, and costs a
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -29,6 +30,13 @@ def first_entry(x: Tensor) -> int:
         return 0
     _, offset = compute_local_shape_and_global_offset(x.shape, x.device_mesh, x.placements)
     return offset[0] * (x.shape[1:].numel() if x.dim() > 1 else 1)
+
+
+def reshard(model: nn.Module) -> None:
+    """After a forward pass that no backward pass follows: FSDP2 leaves its root gathered then. Else nothing."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 @torch.no_grad()

@@ -1,0 +1,83 @@
+"""The arms of SSD's experiments: what each is, by name, as data.
+
+`ssd` is the method with thresholds for a run of 300 steps. `fixed-partition` makes one partition at the first switch
+and keeps it; `random-partition` is SSD with experts by chance; `always-sparse` never is dense;
+`moe` is a native Mixtral with the same active and total weights; `small` is a dense model with the FFN that a sparse
+token computes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+EXPERTS, ACTIVE = 8, 2
+MODELS: dict[str, dict[str, int]] = {
+    "wide": {},
+    "deep": {"intermediate_size": 1024, "num_hidden_layers": 5},
+}
+"""What differs from the recipe's architecture: FFNs of 8 and of 4 times the width; 8.5M and 7.3M weights."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arm:
+    """One form of training."""
+
+    name: str
+    ssd: dict[str, Any] | None = None
+    """Settings of `fallow.SSD`; None trains dense."""
+    model: str = "wide"
+    ffn_share: float = 1.0
+    """FFN channels, as a share of the model's."""
+    native_moe: bool = False
+    """A Mixtral of transformers in the place of the Llama."""
+    steps_scale: float = 1.0
+
+
+SSD_SETTINGS: dict[str, Any] = {
+    "experts": EXPERTS,
+    "active": ACTIVE,
+    "zeros": 0.5,
+    "similarity": 0.8,
+    "monitor_every": 0.05,
+    "dense_start": 0.1,
+    "sparse_share": 0.35,
+    "dense_share": 0.05,
+    "end_share": 0.15,
+    "max_gap": 0.3,
+}
+
+
+def _ssd(name: str, model: str = "wide", steps_scale: float = 1.0, **settings: Any) -> Arm:
+    return Arm(name=name, model=model, steps_scale=steps_scale, ssd=SSD_SETTINGS | settings)
+
+
+MAIN = [
+    Arm(name="dense"),
+    _ssd("ssd"),
+    _ssd("ssd-dense-end", end="dense"),
+    _ssd("fixed-partition", schedule="fixed", sparse_share=1.0),
+    _ssd("random-partition", partition="random", router="centroid"),
+    _ssd("paper-partition", cluster_by="weights", router="centroid"),
+    _ssd("always-sparse", schedule="always_sparse"),
+    Arm(name="moe", native_moe=True),
+    Arm(name="small", ffn_share=ACTIVE / EXPERTS),
+    Arm(name="dense-060", steps_scale=0.6),
+    Arm(name="dense-080", steps_scale=0.8),
+    _ssd("ssd-125", steps_scale=1.25),
+]
+DEEP = [
+    Arm(name="deep-dense", model="deep"),
+    _ssd("deep-ssd", model="deep"),
+    Arm(name="deep-small", model="deep", ffn_share=ACTIVE / EXPERTS),
+    Arm(name="deep-moe", model="deep", native_moe=True),
+]
+ABLATIONS = [
+    _ssd("ssd-router-fixed", router_lr=0.0),
+    _ssd("ssd-router-4x", router_lr=4.0),
+    _ssd("ssd-sixteen", experts=16, active=4),
+    _ssd("ssd-eighth", active=1),
+    _ssd("ssd-early", dense_start=0.05),
+]
+ARMS = {arm.name: arm for arm in (*MAIN, *DEEP, *ABLATIONS)}
+SETS: dict[str, list[Arm]] = {"main": MAIN, "deep": DEEP, "ablations": ABLATIONS}

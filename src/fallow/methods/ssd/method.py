@@ -1,0 +1,376 @@
+"""SSD on a whole model: observe, decide, sort neurons into experts, and let each forward run dense or sparse.
+
+All that changes between steps happens in `before_step`: an observation when one is due, a decision (`switching`), and
+where it says so a new partition, which reorders weights and optimizer state in place. The forward only looks at one
+flag per layer. Weights stay where stock transformers keep them; routers are the method's own parameters.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from fallow import anatomy
+from fallow.errors import CheckpointError, ConfigError
+from fallow.method import Method, Mode
+from fallow.methods.ssd import monitor, switching
+from fallow.methods.ssd.config import SSD
+from fallow.methods.ssd.layers import ExpertFFN
+from fallow.methods.ssd.partitioning import Plan, agreed, fit_router, generator, plan_layer
+from fallow.methods.ssd.permuting import permute
+from fallow.ops.activation import RELUS
+from fallow.optim import AdamW, LazyRows, decay_groups
+from fallow.shards import reshard
+
+PROBE_TOKENS = 2048
+"""At most so many tokens of a watched batch are used."""
+
+
+class SSDMethod(Method):
+    name = "ssd"
+    two_modes = True
+    config: SSD
+
+    def __init__(self, model: PreTrainedModel, config: SSD) -> None:
+        found = anatomy.inspect(model)
+        super().__init__(model, config)
+        self.n_layers = found.n_layers
+        active = config.active if isinstance(config.active, tuple) else (config.active,) * found.n_layers
+        self._check(found, active)
+        if config.relu == "swap" and any(view.act not in RELUS for view in found.ffns):
+            anatomy.put_relu(model, found)
+        self.layers = [ExpertFFN(v, experts=config.experts, active=k) for v, k in zip(found.ffns, active, strict=True)]
+        self.log: list[switching.Entry] = []
+        self.observations: list[dict[str, Any]] = []
+        self.partitions: list[dict[str, Any]] = []
+        self.patterns = [monitor.Patterns() for _ in self.layers]
+        self.probe: dict[str, Tensor] | None = None
+        self._asked = False
+        self._looking = False
+        self._sparse_step = False
+        self._optimizer: AdamW | None = None
+        self._channels: dict[int, tuple[ExpertFFN, int, int]] = {}
+        self._hooks = [model.register_forward_pre_hook(self._before_forward, with_kwargs=True)]
+        self._hooks += [layer.router.register_hook(_mean_over_ranks) for layer in self.layers]
+
+    def _check(self, found: anatomy.Anatomy, active: tuple[int, ...]) -> None:
+        c = self.config
+        if len(active) != found.n_layers:
+            raise ConfigError(f"SSD: active has {len(active)} numbers, the model {found.n_layers} layers")
+        for view in found.ffns:
+            if view.n_channels % c.experts:
+                fits = [e for e in range(2, 129) if view.n_channels % e == 0 and e >= max(active)]
+                near = sorted(sorted(fits, key=lambda e: abs(e - c.experts))[:3])
+                raise ConfigError(
+                    f"SSD: experts={c.experts} does not divide the {view.n_channels} channels of {view.name};"
+                    f" use {', '.join(map(str, near)) or 'another model'}"
+                )
+            if c.relu == "require" and view.act not in RELUS:
+                raise ConfigError(
+                    f"SSD: {view.name} uses {view.act}, whose neurons are never off; train a model with hidden_act:"
+                    " relu, or say relu='swap' to put ReLU in its place (the model then needs training)"
+                )
+
+    # -- the step -----------------------------------------------------------------------------------------------------
+
+    def before_step(self, step: int, total_steps: int) -> None:
+        self._follow_model()
+        if switching.due(self.config, step, total_steps) and (not self.log or self.log[-1].step < step):
+            entry = switching.decide(self.config, self.log, step, total_steps, self._observe(step))
+            if entry.repartition:
+                self._partition(step)
+            self.log.append(entry)
+        phase = self.log[-1].phase if self.log else "dense"
+        self._sparse_step = phase == "sparse" or (phase == "mixed" and step % 2 == 1)
+        for layer in self.layers:
+            layer.used.zero_()
+            layer.router.grad = None  # `model.zero_grad()`, which trainers call, does not reach it
+
+    def after_step(self, step: int, total_steps: int) -> None:
+        """After the last step of a run that ends dense, routers are fitted to the weights as they are now."""
+        if step + 1 == total_steps and self.log and self.log[-1].phase == "dense" and self._parted:
+            self._refit()
+
+    @property
+    def _by_experts(self) -> bool:
+        """Whether this step is computed sparse."""
+        return self._sparse_step and self.mode == "sparse"
+
+    def _follow_model(self) -> None:
+        """The model may have been moved to another device since it was made sparse."""
+        for layer in self.layers:
+            layer.to(self.model.device)
+
+    def _before_forward(self, _module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Start of a micro-batch: dense or sparse; the first one ever seen is watched where no other was given."""
+        if self.probe is None and self.model.training and self.config.schedule != "always_dense":
+            given = {"input_ids": args[0]} if args else {}
+            self.watch({k: v for k, v in (given | kwargs).items() if isinstance(v, Tensor)})
+        if not self._looking:
+            sparse = self._by_experts if self.model.training else self._asked and self.mode == "sparse"
+            for layer in self.layers:
+                layer.sparse = sparse and layer.partitioned
+
+    # -- looking ------------------------------------------------------------------------------------------------------
+
+    def watch(self, batch: dict[str, Tensor]) -> None:
+        """The batch all observations are made on; labels are the inputs where there are none. Rank 0's on all ranks."""
+        if "input_ids" not in batch:
+            return
+        rows = max(1, PROBE_TOKENS // batch["input_ids"].shape[1])
+        device = self.model.device
+        kept = {k: agreed(v[:rows].detach().to(device, copy=True)) for k, v in sorted(batch.items()) if v.dim() >= 2}
+        self.probe = {"labels": kept["input_ids"]} | kept
+
+    @contextmanager
+    def _evaluating(self, *, sparse: bool, observer: Any = None) -> Iterator[None]:
+        """Evaluation mode with every layer dense or sparse; afterwards as before, module by module."""
+        flags = [(module, module.training) for module in self.model.modules()]
+        before = [(layer.sparse, layer.observer) for layer in self.layers]
+        self._looking = True
+        try:
+            self.model.eval()
+            for layer in self.layers:
+                layer.sparse, layer.observer = sparse, observer
+            # observers read numbers out and differ each time: a compiled model would be compiled anew at every look
+            with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+                yield
+        finally:
+            self._looking = False
+            for layer, (was, watched) in zip(self.layers, before, strict=True):
+                layer.sparse, layer.observer = was, watched
+            for module, training in flags:
+                module.training = training
+
+    def _look(self, *, sparse: bool = False, observer: Any = None) -> float:
+        """Loss on the watched batch in nats per token."""
+        assert self.probe is not None
+        with self._evaluating(sparse=sparse, observer=observer):
+            loss = float(self.model(**self.probe, use_cache=False).loss)
+        reshard(self.model)
+        return loss
+
+    def _observe(self, step: int) -> switching.Seen:
+        if self.probe is None or self.config.schedule == "always_dense":
+            return switching.Seen()
+        seed = self.config.seed
+        sampled = [
+            monitor.sampled_neurons(layer.view.n_channels, generator(seed, 0, n, salt=9))
+            for n, layer in enumerate(self.layers)
+        ]
+        watcher = monitor.Watcher(self.patterns, sampled)
+        dense_loss = self._look(observer=watcher)
+        sparse_loss = self._look(sparse=True) if self._parted else None
+        reports = watcher.reports
+        means = [
+            monitor.mean_of(reports, lambda r: r.similarity),
+            monitor.mean_of(reports, lambda r: r.zeros),
+            dense_loss,
+            sparse_loss,
+        ]
+        # every rank computes the same numbers, but a decision must not hang on that
+        numbers = [float("nan") if m is None else m for m in means]
+        told = agreed(torch.tensor(numbers, dtype=torch.float64, device=self.model.device)).tolist()
+        names = ("similarity", "zeros", "dense_loss", "sparse_loss")
+        seen = switching.Seen(**{n: None if v != v else v for n, v in zip(names, told, strict=True)})
+        columns = monitor.LayerReport.__dataclass_fields__
+        self.observations.append({"step": step} | {c: [getattr(r, c) for r in reports] for c in columns})
+        return seen
+
+    # -- experts ------------------------------------------------------------------------------------------------------
+
+    @property
+    def _parted(self) -> bool:
+        return all(layer.partitioned for layer in self.layers)
+
+    def _plans(self, step: int) -> list[Plan]:
+        """A new partition and router of every layer, decided before any weight moves."""
+        if self.probe is None:
+            return [plan_layer(self.config, layer, n, step, None) for n, layer in enumerate(self.layers)]
+        plans: list[Plan] = []
+        self._look(observer=lambda layer, x: plans.append(plan_layer(self.config, layer, len(plans), step, x)))
+        return plans
+
+    def _partition(self, step: int) -> None:
+        self._follow_model()
+        plans = self._plans(step)
+        reshard(self.model)  # what a forward pass left gathered would not be what is kept
+        for layer, plan in zip(self.layers, plans, strict=True):
+            order_F = agreed(plan.order_F)
+            permute(layer.view, order_F, self._optimizer)
+            layer.adopt(order_F, agreed(plan.router_ED))
+            if self._optimizer is not None:
+                self._optimizer.state.pop(layer.router, None)
+        facts = plans[0].facts
+        self.partitions.append({"step": step} | {name: [p.facts[name] for p in plans] for name in facts})
+
+    def _refit(self) -> None:
+        """Routers for the experts as they are, fitted to the weights as they are now."""
+        if self.probe is None:
+            return
+        found: list[Tensor] = []
+        self._look(observer=lambda layer, x: found.append(fit_router(self.config, layer, x)))
+        for layer, router_ED in zip(self.layers, found, strict=True):
+            layer.refit(agreed(router_ED))
+
+    def experts(self) -> list[ExpertFFN]:
+        """The FFNs in layer order: `view` (weights, expert after expert), `router` [E, D], `n_experts`, `active`.
+        Makes experts of the weights as they are where no switch has done so yet."""
+        if not self._parted:
+            self._partition(self.log[-1].step if self.log else 0)
+        return self.layers
+
+    # -- the optimizer ------------------------------------------------------------------------------------------------
+
+    def optimizer(
+        self, *, lr: float, weight_decay: float = 0.0, betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8
+    ) -> AdamW:
+        """AdamW for the model, and for the routers at `router_lr` times the rate, without decay. Experts that no token
+        of a sparse step chose keep weights, moments, decay and clock as they are (ours)."""
+        self._follow_model()
+        trainable = [p for p in self.model.parameters() if p.requires_grad]
+        groups = decay_groups(trainable, weight_decay)
+        if self.config.router_lr > 0:
+            routers = [layer.router for layer in self.layers]
+            groups.append({"params": routers, "weight_decay": 0.0, "lr": lr * self.config.router_lr})
+        self._channels = {
+            id(where.parameter): (layer, where.dim, where.segments)
+            for layer in self.layers
+            for where in layer.view.parameters_along_channels()
+        }
+        self._optimizer = AdamW(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, lazy=self._taken)
+        return self._optimizer
+
+    def _taken(self, param: nn.Parameter) -> LazyRows | None:
+        """Channels of the experts that some token of this step chose; None: all."""
+        if not self._by_experts or id(param) not in self._channels:
+            return None
+        layer, dim, segments = self._channels[id(param)]
+        used_E = _any_rank(layer.used)
+        if bool(used_E.all()):
+            return None
+        channels = used_E.repeat_interleave(layer.view.n_channels // layer.n_experts).repeat(segments)
+        return LazyRows(dim=dim, index=channels.nonzero().squeeze(1))
+
+    # -- what is told -------------------------------------------------------------------------------------------------
+
+    def metrics(self) -> dict[str, float]:
+        share = sum(layer.active for layer in self.layers) / sum(layer.n_experts for layer in self.layers)
+        found: dict[str, float] = {"ssd/active_share": share if self._by_experts else 1.0}
+        seen = self.log[-1].seen if self.log else switching.Seen()
+        for name in ("similarity", "zeros"):
+            if (value := getattr(seen, name)) is not None:
+                found[f"ssd/{name}"] = value
+        if seen.sparse_loss is not None and seen.dense_loss is not None:
+            found["ssd/gap"] = seen.sparse_loss - seen.dense_loss
+        return found
+
+    def layer_metrics(self) -> dict[str, list[float]]:
+        """Of the last observation: shares of zeros and of dead neurons, similarity, and recall, where known."""
+        last = self.observations[-1] if self.observations else {}
+        kept = ("zeros", "dead", "similarity", "recall")
+        return {k: last[k] for k in kept if k in last and all(v is not None for v in last[k])}
+
+    def insight(self) -> dict[str, Any]:
+        return {
+            "experts": self.config.experts,
+            "active": [layer.active for layer in self.layers],
+            "log": [e.as_dict() for e in self.log],
+            "observations": self.observations,
+            "partitions": self.partitions,
+        }
+
+    # -- state --------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where each neuron came from, the routers, the watched batch, and everything seen and decided."""
+        state: dict[str, Any] = {
+            "method": self.name,
+            "n_layers": self.n_layers,
+            "experts": self.config.experts,
+            "partitioned": self._parted,
+            "history": json.dumps({k: v for k, v in self.insight().items() if k not in ("experts", "active")}),
+        }
+        for n, (layer, pattern) in enumerate(zip(self.layers, self.patterns, strict=True)):
+            state |= {f"ids.{n}": layer.ids.clone(), f"router.{n}": layer.router.detach().clone()}
+            if pattern.first is not None and pattern.last is not None:
+                state |= {f"first.{n}": pattern.first, f"last.{n}": pattern.last}
+        return state | {f"probe.{k}": v for k, v in (self.probe or {}).items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state.get("method") != self.name or state.get("n_layers") != self.n_layers:
+            raise CheckpointError(
+                f"this state is of {state.get('method')!r} with {state.get('n_layers')} layers, not of 'ssd' with"
+                f" {self.n_layers} layers; resume with the recipe that wrote it"
+            )
+        if state["experts"] != self.config.experts or state["ids.0"].shape != self.layers[0].ids.shape:
+            raise CheckpointError(
+                f"this state has {state['experts']} experts of {state['ids.0'].numel()} channels, the config"
+                f" {self.config.experts} of {self.layers[0].ids.numel()}; resume with the recipe that wrote it"
+            )
+        history, device = json.loads(state["history"]), self.model.device
+        self.log = [switching.Entry.of(line) for line in history["log"]]
+        self.observations, self.partitions = history["observations"], history["partitions"]
+        for n, (layer, pattern) in enumerate(zip(self.layers, self.patterns, strict=True)):
+            layer.restore(state[f"ids.{n}"], state[f"router.{n}"], partitioned=bool(state["partitioned"]))
+            first, last = state.get(f"first.{n}"), state.get(f"last.{n}")
+            pattern.first = None if first is None else first.to(device)
+            pattern.last = None if last is None else last.to(device)
+        found = {k.removeprefix("probe."): v.to(device) for k, v in state.items() if k.startswith("probe.")}
+        self.probe = found or None
+
+    def set_mode(self, mode: Mode) -> None:
+        """`"sparse"`: training as the schedule says, evaluation by experts (made on the spot where there are none yet).
+        `"dense"`: every neuron. Until a mode is set, evaluation is dense."""
+        if mode not in ("dense", "sparse"):
+            raise ConfigError(f"mode {mode!r}; use 'dense' or 'sparse'")
+        self.mode, self._asked = mode, mode == "sparse"
+        if self._asked:
+            self.experts()
+
+    @contextmanager
+    def in_mode(self, mode: Mode) -> Iterator[None]:
+        before = self.mode, self._asked
+        self.set_mode(mode)
+        try:
+            yield
+        finally:
+            self.mode, self._asked = before
+
+    def remove(self) -> PreTrainedModel:
+        """The stock model, neurons in the order of the last partition: the same function."""
+        for hook in self._hooks:
+            hook.remove()
+        self._sparse_step = False  # an optimizer that goes on updates all
+        for layer in self.layers:
+            layer.view.uninstall()
+        self.model._fallow = None  # type: ignore[assignment]
+        return self.model
+
+
+def _several_ranks() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _mean_over_ranks(gradient: Tensor) -> Tensor:
+    """Routers lie outside of what FSDP2 and DDP wrap, so their gradient is averaged here."""
+    if _several_ranks():
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        gradient = gradient / dist.get_world_size()
+    return gradient
+
+
+def _any_rank(used_E: Tensor) -> Tensor:
+    if _several_ranks():
+        count = used_E.int()
+        dist.all_reduce(count)
+        return count > 0
+    return used_E

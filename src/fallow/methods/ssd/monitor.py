@@ -1,0 +1,115 @@
+"""What SSD looks at: one forward pass of a fixed held-out batch, whose activations are summed up as it goes.
+
+Similarity compares *which neurons fire together*: phi coefficients (correlations of on and off) of all pairs among 192
+neurons a layer, then the correlation of those numbers between two observations. Neurons are known by their number at
+the beginning, so a switch in between does not matter. Nothing [T, F] outlives its layer. Cost: a forward pass of the
+batch, and one product [192, T] × [T, 192] a layer; a second pass when a partition is there, for the loss computed
+sparse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fallow.methods.ssd.layers import ExpertFFN
+from fallow.methods.ssd.router import mass, recall, route
+
+SAMPLED = 192
+"""Neurons per layer whose pairs are compared."""
+
+
+@dataclass(slots=True)
+class LayerReport:
+    """One layer, at one observation."""
+
+    zeros: float
+    """Share of activations that are zero."""
+    dead: float
+    """Share of neurons that fired for no token of the batch."""
+    similarity: float | None = None
+    """Correlation of phi coefficients with the observation before."""
+    similarity_start: float | None = None
+    """The same with the first observation."""
+    recall: float | None = None
+    """Share of the output mass that the router's experts hold."""
+    oracle: float | None = None
+    """The same for the best k experts of each token."""
+
+
+@dataclass(slots=True)
+class Patterns:
+    """Phi coefficients [P] of the pairs of one layer, at the first and at the last observation."""
+
+    first: Tensor | None = None
+    last: Tensor | None = None
+
+
+@dataclass(slots=True)
+class Watcher:
+    """Sums up the activations of every layer during one forward pass.
+
+    Args:
+        patterns: one per layer, updated.
+        neurons: int64 [L][P], numbers of the sampled neurons of each layer.
+    """
+
+    patterns: list[Patterns]
+    neurons: list[Tensor]
+    reports: list[LayerReport] = field(default_factory=list)
+
+    def __call__(self, layer: ExpertFFN, x_TD: Tensor) -> None:
+        number = len(self.reports)
+        fire_TF, h_TF = layer.hidden(x_TD)
+        report = LayerReport(zeros=1 - float(fire_TF.float().mean()), dead=1 - float(fire_TF.any(0).float().mean()))
+        place_F = torch.empty_like(layer.ids)
+        place_F[layer.ids] = torch.arange(layer.ids.numel(), device=layer.ids.device)
+        phi_P = phi(fire_TF[:, place_F[self.neurons[number].to(place_F.device)]])
+        seen = self.patterns[number]
+        if seen.first is not None and seen.last is not None:
+            report.similarity = correlation(phi_P, seen.last)
+            report.similarity_start = correlation(phi_P, seen.first)
+        seen.first = phi_P if seen.first is None else seen.first
+        seen.last = phi_P
+        if layer.partitioned:
+            mass_TE = mass(h_TF, down_norms(layer), layer.n_experts)
+            choice_Tk, _ = route(x_TD, layer.router, layer.active)
+            report.recall, report.oracle = recall(choice_Tk, mass_TE)
+        self.reports.append(report)
+
+
+def phi(fire_TP: Tensor) -> Tensor:
+    """fp32 [P (P - 1) / 2]: correlation of on and off of every pair; 0 where a neuron is always on or always off."""
+    centred_TP = fire_TP.float()
+    centred_TP = centred_TP - centred_TP.mean(0)
+    norm_P = centred_TP.norm(dim=0)
+    unit_TP = torch.where(norm_P > 0, centred_TP / norm_P.clamp_min(1e-12), 0.0)
+    phi_PP = unit_TP.t() @ unit_TP
+    row, column = torch.triu_indices(phi_PP.shape[0], phi_PP.shape[0], 1, device=phi_PP.device)
+    return phi_PP[row, column]
+
+
+def correlation(a: Tensor, b: Tensor) -> float:
+    """Pearson's, of two vectors; 0 where one is constant."""
+    a, b = a - a.mean(), b - b.mean()
+    norm = float(a.norm() * b.norm())
+    return float(a @ b) / norm if norm > 0 else 0.0
+
+
+def down_norms(layer: ExpertFFN) -> Tensor:
+    """fp32 [F]: norms of the output weights."""
+    return layer.view.weights().w_down_DF.float().norm(dim=0)
+
+
+def sampled_neurons(n_channels: int, g: torch.Generator) -> Tensor:
+    """int64 [P]: numbers of the neurons whose pairs are compared, in order."""
+    return torch.randperm(n_channels, generator=g)[:SAMPLED].sort().values
+
+
+def mean_of(reports: list[LayerReport], what: Callable[[LayerReport], float | None]) -> float | None:
+    """Mean over the layers that have it."""
+    values = [v for v in map(what, reports) if v is not None]
+    return sum(values) / len(values) if values else None
