@@ -13,7 +13,9 @@ from typing import Any
 from fallow.cli import VerbParser
 from fallow.errors import ConfigError
 
-BENCHES = ("sat", "smet")
+_SWEPT = {"sat": "omit", "smet": "density", "ssd": "share"}
+"""What each benchmark varies."""
+BENCHES = tuple(_SWEPT)
 
 
 def bench_command(argv: list[str]) -> int:
@@ -41,6 +43,8 @@ def _own_options(args: Any) -> dict[str, Any]:
                 raise ConfigError(f"--{flag} is an option of `fallow bench {name}`, not of {args.name}")
     if args.name == "smet":
         return {"densities": tuple(args.density)} if args.density else {}
+    if args.name == "ssd":
+        return {}
     found: dict[str, Any] = {"omit_in": args.omit_in or "forward+backward"}
     return found | ({"rates": tuple(args.omit)} if args.omit else {})
 
@@ -70,7 +74,7 @@ def _print_table(result: dict[str, Any]) -> None:
     title = f"fallow bench {result['bench']} (correctness gate: {result['gate']})"
     table = Table(title=title, title_justify="left")
     table.add_column("case", no_wrap=True)
-    first = "omit" if result["bench"] == "sat" else "density"
+    first = _SWEPT[result["bench"]]
     for name in (first, "dtype", "tokens", "dense ms", "sparse ms", "ratio", "ideal", "ratio/ideal"):
         table.add_column(name, justify="right")
     with_bytes = any("state_bytes" in row for row in result["rows"])
@@ -100,7 +104,10 @@ def _print_table(result: dict[str, Any]) -> None:
 
 def break_even_lines(break_even: dict[str, float | None], bench: str = "sat") -> list[str]:
     """One line per case: from where on sparse is faster than the fastest dense form."""
-    what = "omit" if bench == "sat" else "density"
-    found = "faster above omit {:.2f}" if bench == "sat" else "tiles are faster below density {:.2f}"
-    none = f"none found at the {'rates' if what == 'omit' else 'densities'} measured"
+    found, swept = {
+        "sat": ("faster above omit {:.2f}", "rates"),
+        "smet": ("tiles are faster below density {:.2f}", "densities"),
+        "ssd": ("faster with a share of active experts below {:.2f}", "shares"),
+    }[bench]
+    none = f"none found at the {swept} measured"
     return [f"break-even {case}: {none if at is None else found.format(at)}" for case, at in break_even.items()]
