@@ -4,8 +4,8 @@
 
 `loading` reads the folders, `analysis` compares the arms, `doubts` says what to hold against that, `wording` what was
 found, `figures` decides what is drawn, `charts`, `bars` and `svg` draw it, `view` fills the tables, `memory` has bars
-and table of what the model's state weighs, `page.html` lays all of it out. Everything is inline: the page opens without
-a network, from a mail attachment, years later.
+and table of what the model's state weighs, `insight` what a switching run saw of itself, `page.html` lays all of it
+out. Everything is inline: the page opens without a network, from a mail attachment, years later.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def build_report(run_dirs: Iterable[Path]) -> Report:
     """
     from markupsafe import Markup
 
-    from fallow.report import figures, memory, view, wording
+    from fallow.report import figures, insight, memory, summary, view, wording
 
     loaded = _load(run_dirs)
     comparison = compare(loaded)
@@ -68,8 +68,9 @@ def build_report(run_dirs: Iterable[Path]) -> Report:
     drawn = [*figures.loss_figures(comparison), *figures.run_figures(comparison)]
     drawn += [figures.time_figure(comparison)]
     drawn += filter(None, [figures.schedule_figure(comparison), memory.memory_figure(comparison)])
-    layers = figures.layer_figures(comparison)
-    for figure in (*drawn, *layers):
+    insights = insight.blocks(comparison)
+    layers = figures.layer_figures(comparison, besides={block.arm for block in insights})
+    for figure in (*drawn, *layers, *(figure for block in insights for figure in block.figures)):
         # Our own drawing: what texts it holds were escaped where they entered it.
         figure.body = Markup(figure.body)
     differing, every = view.settings(comparison)
@@ -88,6 +89,7 @@ def build_report(run_dirs: Iterable[Path]) -> Report:
         layers=layers,
         kinds=view.kinds_of_sparsity(comparison),
         memory=memory.memory_table(comparison),
+        insights=insights,
         differing=differing,
         every=every,
         facts=view.facts(loaded.runs),
@@ -98,7 +100,7 @@ def build_report(run_dirs: Iterable[Path]) -> Report:
         style=Markup((here / "style.css").read_text(encoding="utf-8")),
         script=Markup((here / "script.js").read_text(encoding="utf-8")),
     )
-    return Report(html=html, summary=view.summary(comparison, loaded.notes), notes=loaded.notes)
+    return Report(html=html, summary=summary.summary(comparison, loaded.notes), notes=loaded.notes)
 
 
 def write_report(run_dirs: list[Path], out: Path) -> Path:

@@ -61,6 +61,8 @@ class Arm:
     peak_memory_mb: Spread | None
     train_seconds: Spread | None
     tokens: Spread | None
+    sparse_loss: Spread | None = None
+    """`loss` computed sparse, of a model that can be served both ways."""
     state_bytes: Spread | None = None
     """Bytes of the model's state in an optimizer step: weights, gradients, optimizer, topology."""
     ratio: Spread | None = None
@@ -193,6 +195,7 @@ def _arm(name: str, runs: list[Run]) -> Arm:
         peak_memory_mb=_spread(_peak(run) for run in runs),
         train_seconds=_spread(_last(run, "train_seconds", "seconds") for run in runs),
         tokens=_spread(_last(run, "tokens", "tokens") for run in runs),
+        sparse_loss=_spread(number(run.info, "eval", "after", "sparse_loss") for run in runs),
         state_bytes=_spread(number(run.info, "memory", "total") or None for run in runs),
     )
 

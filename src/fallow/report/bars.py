@@ -57,21 +57,29 @@ def stacked_bars(
 
 
 def layer_map(
-    name: str, colour: int, steps: Sequence[int], columns: Sequence[Sequence[float]], *, top: float, what: str
+    name: str,
+    colour: int,
+    steps: Sequence[int],
+    columns: Sequence[Sequence[float]],
+    *,
+    top: float,
+    what: str,
+    low: float = 0.0,
+    tall: bool = False,
 ) -> str:
-    """A rate per layer (rows, first layer on top) over steps (columns); `top` is the rate drawn in full colour, `what`
-    names the rate.
+    """A rate per layer (rows, first layer on top) over steps (columns); `top` is the rate drawn in full colour, `low`
+    the one drawn faintest, `what` names the rate; `tall` fills the height of a chart beside it.
 
     Cells of one shade are one path, so that 30 layers × 48 columns cost a few kilobytes.
     """
     layers = len(columns[0])
-    width, height = 430.0, 46.0 + max(110.0, min(layers * 7.0, 220.0))
+    width, height = 430.0, 46.0 + (200.0 if tall else max(110.0, min(layers * 7.0, 220.0)))
     left, upper, right, lower = 34.0, 8.0, width - 4, height - 34
     across, down = (right - left) / len(columns), (lower - upper) / layers
     shades: dict[int, list[str]] = {}
     for layer in range(layers):
         start = 0
-        levels = [round(20 * column[layer] / top) if top else 0 for column in columns]
+        levels = [round(20 * (column[layer] - low) / (top - low)) if top > low else 0 for column in columns]
         for end in range(1, len(columns) + 1):
             if end == len(columns) or levels[end] != levels[start]:
                 # Absolute corners: neighbours round to the same edge, so no seam shows between them.
@@ -82,7 +90,7 @@ def layer_map(
                 start = end
     paths = "".join(
         f'<path class="cell c{colour % COLOURS}" fill-opacity="{0.06 + 0.94 * level / 20:.2f}" d="{"".join(cells)}">'
-        f"<title>{escape(what)} {top * level / 20:.0%}</title></path>"
+        f"<title>{escape(what)} {low + (top - low) * level / 20:.0%}</title></path>"
         for level, cells in sorted(shades.items())
     )
     marks = [

@@ -19,6 +19,8 @@ COLOURS = 7
 """How many series colours the style sheet defines: `c0` is the baseline's, then they repeat."""
 LABEL_WIDTH = 6.9
 """Drawing units per character of a 12-unit label, measured on a wide system font."""
+STRIP = 24
+"""Drawing units that a strip of spans takes above the plot."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -56,6 +58,30 @@ class Axis:
     """Of the values shown on hover."""
 
 
+@dataclass(kw_only=True, slots=True)
+class Span:
+    """A stretch of x in which something held: its shade lies behind the lines."""
+
+    start: float
+    end: float
+    name: str
+    css: str
+    """Classes of the style sheet: of the shade and, with a strip, of its part of that."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Ground:
+    """What lies behind the lines besides the grid."""
+
+    spans: Sequence[Span] = ()
+    strip: bool = False
+    """Spans also as a strip above the plot, with their names in it."""
+    level: tuple[float, str] | None = None
+    """A height to be reached or kept, as a dashed line, and what to call it."""
+    zero: tuple[str, str] | None = None
+    """Words for the two sides of y = 0, the side below tinted."""
+
+
 def line_chart(
     key: str,
     series: Sequence[Series],
@@ -64,13 +90,15 @@ def line_chart(
     *,
     zero: tuple[str, str] | None = None,
     full: bool = False,
+    ground: Ground | None = None,
 ) -> str:
     """A figure body: two drawings, legend, hover data. `zero` words the sides of y = 0; `full` spans the page."""
     shown = [s for s in series if s.points]
     if not any(len(s.points) > 1 for s in shown):
         return '<p class="empty">Not enough was logged to draw this yet.</p>'
+    ground = ground or Ground(zero=zero)
     drawings = "".join(
-        _drawing(key, shown, x, y, width=width, height=height, css=css, zero=zero)
+        _drawing(key, shown, x, y, width=width, height=height, css=css, ground=ground)
         for width, height, css in ((1140 if full else 560, 300 if full else 330, "wide"), (360, 270, "narrow"))
     )
     hover = [
@@ -108,20 +136,20 @@ def _drawing(
     width: int,
     height: int,
     css: str,
-    zero: tuple[str, str] | None,
+    ground: Ground,
 ) -> str:
     named = [s for s in series if s.css != "thin"]
     direct = css == "wide" and len(named) > 0
     longest = max((min(len(s.name), _label_length(width)) for s in named), default=0)
     right = width - (12 + longest * LABEL_WIDTH if direct else 10)
-    left, top, bottom = 50.0, 26.0, height - 40.0
+    left, top, bottom = 50.0, 26.0 + STRIP * ground.strip, height - 40.0
     heights = (
         [v for s in series for v in ([p[1] for p in s.points] + s.low + s.high)]
         if y.low is None
         else [p[1] for s in series for p in s.points]
     )
-    if zero is not None:
-        heights.append(0.0)
+    heights += [0.0] if ground.zero else []
+    heights += [ground.level[0]] if ground.level else []
     x_low, x_high = _domain(x, [p[0] for s in series for p in s.points], 0.0)
     y_low, y_high = _domain(y, heights, 0.08)
     across, up = (
@@ -133,8 +161,7 @@ def _drawing(
         f'<clipPath id="{clip}"><rect x="{left - 6}" y="{top - 6}" width="{right - left + 12}" '
         f'height="{bottom - top + 12}"/></clipPath>'
     ]
-    if zero is not None:
-        parts += _zero_line(zero, up, left, right, top, bottom)
+    parts += _behind(ground, across, up)
     parts += _axes(x, y, across, up)
     parts.append(f'<g clip-path="url(#{clip})">')
     for s in sorted(series, key=lambda s: s.css != "thin"):
@@ -144,6 +171,8 @@ def _drawing(
         d = "".join(f"M{across(x):.1f} {foot:.1f}v-7" for x in s.marks)
         parts.append(f'<path class="event c{s.colour % COLOURS}" d="{d}"/>')
     parts.append("</g>")
+    if ground.level is not None:
+        parts += _level(*ground.level, across, up)
     if direct:
         parts += _direct_labels(named, across, up, right, top, bottom, _label_length(width))
     parts.append(f'<g class="cursor"><line y1="{top}" y2="{bottom}"/></g>')
@@ -177,6 +206,34 @@ def _axes(x: Axis, y: Axis, across: Scale, up: Scale) -> list[str]:
     parts.append(svg.text((across.start + across.end) / 2, up.start + 35, x.title, css="title", anchor="middle"))
     parts.append(svg.text(4, 13, y.title, css="title"))
     return parts
+
+
+def _behind(ground: Ground, across: Scale, up: Scale) -> list[str]:
+    parts = []
+    if ground.zero is not None:
+        parts += _zero_line(ground.zero, up, across.start, across.end, up.end, up.start)
+    for span in ground.spans:
+        a, b = across(span.start), across(span.end)
+        wide = f'x="{a:.1f}" width="{max(b - a, 0.5):.1f}"'
+        parts.append(f'<rect class="shade {span.css}" {wide} y="{up.end}" height="{up.start - up.end:.1f}"/>')
+        if not ground.strip:
+            continue
+        words = f"<title>{escape(f'{span.name}, {span.start:.0f} to {span.end:.0f}')}</title>"
+        place = f'y="{up.end - STRIP - 2}" height="{STRIP - 4}"'
+        parts.append(f'<rect class="strip {span.css}" {wide} {place}>{words}</rect>')
+        if b - a > LABEL_WIDTH * len(span.name) + 6:
+            css = f"in-strip {span.css}"
+            parts.append(svg.text((a + b) / 2, up.end - STRIP + 11, span.name, css=css, anchor="middle"))
+    return parts
+
+
+def _level(height: float, words: str, across: Scale, up: Scale) -> list[str]:
+    at = up(height)
+    line = f'<line class="level" x1="{across.start}" x2="{across.end:.1f}" y1="{at:.1f}" y2="{at:.1f}"/>'
+    return [
+        line,
+        svg.text(across.end - 4, at - 5 if at - up.end > 16 else at + 13, words, css="side halo", anchor="end"),
+    ]
 
 
 def _zero_line(words: tuple[str, str], up: Scale, left: float, right: float, top: float, bottom: float) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -218,10 +218,13 @@ def schedule_figure(comparison: Comparison) -> Figure | None:
     )
 
 
-def layer_figures(comparison: Comparison) -> list[Figure]:
-    """Maps of what was measured per layer and step, for each sparse arm's first run that logged layers."""
+def layer_figures(comparison: Comparison, *, besides: Collection[str] = ()) -> list[Figure]:
+    """Maps of what was measured per layer and step, for each sparse arm's first run that logged layers; `besides` names
+    arms whose layers are drawn elsewhere."""
     found = []
     for arm in comparison.sparse:
+        if arm.name in besides:
+            continue
         run = next((run for run in arm.runs if run.layers), None)
         lines = run.layers if run else []
         for field in layer_measures(lines):

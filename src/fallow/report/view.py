@@ -9,7 +9,6 @@ from typing import Any
 
 from fallow.report import figures, wording
 from fallow.report.analysis import Arm, Comparison, Spread
-from fallow.report.doubts import doubts
 from fallow.report.loading import Run, lookup, number
 
 NONE = "–"
@@ -62,7 +61,7 @@ def arm_rows(comparison: Comparison) -> list[dict[str, Any]]:
         cells = [
             _cell(arm.tokens_per_second, wording.rate),
             Cell(value="baseline") if base else _cell(arm.ratio, wording.times),
-            _cell(arm.loss, wording.loss),
+            _loss_cell(arm),
             Cell(value=NONE) if base else _gap_cell(arm.gap_tokens, judged=arm.method is not None),
             Cell(value=NONE)
             if base
@@ -92,6 +91,8 @@ def _about(arm: Arm) -> str:
         density = number(arm.runs[0].info, "method", "density")
         if density:
             words.append(f"keeps {density:.0%} of the weights")
+        if number(arm.runs[0].info, "method", "experts"):
+            words.append(wording.experts(arm.runs[0].info["method"]))
     if arm.tokens:
         words.append(f"{wording.tokens(arm.tokens.mean)} tokens")
     if len(arm.runs) > 1:
@@ -105,6 +106,14 @@ def _cell(spread: Spread | None, words: Callable[[float], str]) -> Cell:
     low, high = words(spread.low), words(spread.high)
     note = f"{low} to {high}" if low != high else ""
     return Cell(value=words(spread.mean), note=note)
+
+
+def _loss_cell(arm: Arm) -> Cell:
+    """The loss of the whole model and, where it can also be served sparse, that too."""
+    cell = _cell(arm.loss, wording.loss)
+    if arm.sparse_loss is not None:
+        cell.note = f"{cell.note} {wording.loss(arm.sparse_loss.mean)} sparse".strip()
+    return cell
 
 
 def _gap_cell(spread: Spread | None, *, judged: bool = True, control: str | None = None) -> Cell:
@@ -149,7 +158,8 @@ def _change(ours: Spread | None, theirs: Spread | None, note: str) -> Cell | Non
 
 
 def kinds_of_sparsity(comparison: Comparison) -> set[str]:
-    """What sparse arms do, for the page's explanations: `omit` parts of the step, `keep` some weights only."""
+    """What sparse arms do, for the page's explanations: `omit` parts of the step, `keep` some weights only,
+    compute `experts`."""
     found = set()
     for arm in comparison.sparse:
         run = arm.runs[0]
@@ -159,6 +169,8 @@ def kinds_of_sparsity(comparison: Comparison) -> set[str]:
             found.add("omit")
         if number(run.info, "method", "density") or "density" in measures:
             found.add("keep")
+        if number(run.info, "method", "experts"):
+            found.add("experts")
     return found or {"omit"}
 
 
@@ -262,39 +274,3 @@ def _run_facts(run: Run) -> dict[str, str]:
         if value is not None:
             found[key] = wording.duration(value)
     return found
-
-
-def summary(comparison: Comparison, notes: Sequence[str]) -> dict[str, Any]:
-    """The page's figures as JSON: what `fallow report --json` prints."""
-    first = wording.headline(comparison)
-
-    def spread(value: Spread | None) -> dict[str, Any] | None:
-        return value and {"mean": value.mean, "low": value.low, "high": value.high, "runs": len(value.values)}
-
-    return {
-        "headline": first.title,
-        "detail": first.sentence,
-        "outcome": first.outcome,
-        "baseline": comparison.baseline and comparison.baseline.name,
-        "arms": [
-            {
-                "arm": arm.name,
-                "method": arm.method,
-                "status": arm.status,
-                "runs": [str(run.path) for run in arm.runs],
-                "tokens_per_second": spread(arm.tokens_per_second),
-                "speedup_tokens_per_second": spread(arm.ratio),
-                "eval_loss": spread(arm.loss),
-                "loss_gap_equal_tokens": spread(arm.gap_tokens),
-                "loss_gap_equal_seconds": spread(arm.gap_seconds),
-                "equal_seconds_control": arm.control,
-                "peak_memory_mb": spread(arm.peak_memory_mb),
-                "model_state_bytes": spread(arm.state_bytes),
-                "train_seconds": spread(arm.train_seconds),
-                "tokens": spread(arm.tokens),
-            }
-            for arm in comparison.arms
-        ],
-        "doubts": doubts(comparison),
-        "notes": list(notes),
-    }

@@ -6,7 +6,9 @@ tokens where seconds do not overlap. The verdict falls on the loss at equal seco
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from fallow.report.analysis import SAME_LOSS, Arm, Comparison, Spread, seconds_to_loss
 
@@ -71,6 +73,15 @@ def signed(value: float) -> str:
 
 def times(value: float) -> str:
     return f"{value:.2f}×"
+
+
+def experts(held: Mapping[str, Any]) -> str:
+    """How many of its experts a token computes: `4 of 16 experts`, or the range over layers."""
+    active, every = held.get("active"), held.get("experts")
+    counts = sorted({k for k in (active if isinstance(active, list) else [active]) if isinstance(k, int)})
+    if not counts or not isinstance(every, int):
+        return "some experts"
+    return f"{counts[0]}{f' to {counts[-1]}' if len(counts) > 1 else ''} of {every} experts"
 
 
 def outcome(gap: Spread | None) -> str:
