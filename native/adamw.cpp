@@ -265,5 +265,3 @@ FALLOW_API void fallow_adamw_aged(const AdamWTensor* t, const uint8_t* age, cons
     }
   });
 }
-
-FALLOW_API int fallow_isa() { return int(isa()); }

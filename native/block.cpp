@@ -1,34 +1,15 @@
 // A linear layer whose weight is a grid of b x b tiles of which only some are there: forward, input gradient, tile gradients.
 //   y[:, r] = sum of x[:, c] W_rc^T       dx[:, c] = sum of dy[:, r] W_rc       dW_rc = dy[:, r]^T x[:, c]
-// bf16 operands are widened to fp32 while they are packed and multiplied with fp32 FMAs. The obvious alternative, vdpbf16ps, does
-// two products per lane, but Sapphire Rapids issues it a quarter as often: 87 GFLOP/s per core against 175.
+// bf16 goes to AMX (block_amx.cpp) where that is there. Elsewhere bf16 operands are widened to fp32 while they are packed and
+// multiplied with fp32 FMAs. The obvious alternative, vdpbf16ps, does two products per lane, but Sapphire Rapids issues it a
+// quarter as often: 87 GFLOP/s per core against 175.
 // x and dy are packed into panels [grid column][token][b]: unit-stride, aligned rows whatever the width of the layer. Results are
 // rounded once. Values of edge tiles outside the weight count as zero. Cost: 6 T n b^2 FLOP; workspace 24 MB of panels forward and
 // 48 MB backward, with bf16 also fp32 sums of the tile gradients.
-#include <atomic>
-#include <cstdlib>
-#include <new>
-
+#include "block_amx.h"
 #include "block_micro.h"
 
 namespace fallow {
-
-struct BlockGrid {
-  const int32_t *rows, *cols;                       // [n]: coordinates of each tile, row-major
-  const int32_t *row_start, *col_start, *col_order; // CSR offsets; CSC offsets and the tiles in that order
-  int64_t n, out, in, block;
-};
-
-// Uninitialised floats on a cache line boundary.
-struct Floats {
-  float* data;
-  explicit Floats(int64_t n) : data(static_cast<float*>(std::aligned_alloc(64, size_t((n * 4 + 63) / 64 * 64 + 64)))) {
-    if (!data) throw std::bad_alloc();
-  }
-  Floats(const Floats&) = delete;
-  Floats& operator=(const Floats&) = delete;
-  ~Floats() { std::free(data); }
-};
 
 // -- packing and rounding ---------------------------------------------------------------------------------------------------------
 
@@ -39,8 +20,6 @@ constexpr int64_t kGroup = 8192;           // floats of packed tiles multiplied 
 constexpr int64_t kMaxGroup = 16;          // and their number
 constexpr int64_t kPanelFloats = 6 << 20;  // 24 MB: glibc maps and unmaps every allocation over 32 MB anew
 
-inline int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
-inline int64_t round_up(int64_t n, int64_t to) { return ceil_div(n, to) * to; }
 // The size of equal parts of `total`, of at most about `most`.
 inline int64_t part_of(int64_t total, int64_t most) {
   return round_up(ceil_div(total, std::max<int64_t>(1, ceil_div(total, std::max(most, kRound)))), kRound);
@@ -108,14 +87,6 @@ struct Call {
   Isa level;
   int n_threads;
 
-  // Items are handed out one by one: rows of the grid hold different numbers of tiles.
-  template <class Work>
-  void share(int64_t items, const Work& work) const {
-    std::atomic<int64_t> next{0};
-    const int64_t n = std::max<int64_t>(1, std::min<int64_t>(items, n_threads));
-    parallel(n, int(n), [&](int64_t, int64_t) { work(next); });
-  }
-
   // to [tokens, out] = from W^T + bias (forward), or to [tokens, in] = from W; `from` in panels.
   template <class T>
   void apply(bool forward, const T* values, const Panels<T>& from, const float* bias, T* to, int64_t tokens) const {
@@ -123,7 +94,7 @@ struct Call {
     const int64_t group = std::min(kMaxGroup, std::max<int64_t>(1, kGroup / (b * b)));
     const int64_t piece = part_of(tokens, kPiece), pieces = ceil_div(tokens, piece), items = ceil_div(width, b) * pieces;
     const int32_t *start = forward ? g.row_start : g.col_start, *inner = forward ? g.cols : g.rows;
-    share(items, [&](std::atomic<int64_t>& next) {
+    share(items, n_threads, [&](std::atomic<int64_t>& next) {
       Floats sums(piece * b), packed(group * b * b), widened(b * b), no_bias(b);
       std::fill_n(no_bias.data, b, 0.0f);
       const float *a[kMaxGroup], *w[kMaxGroup];
@@ -152,7 +123,7 @@ struct Call {
   template <class T>
   void gradient(const Panels<T>& dy, const Panels<T>& x, float* sums, T* to, int64_t tokens, bool first, bool last) const {
     const int64_t b = g.block, depth = std::max<int64_t>(16, kHot / b);
-    share(g.n, [&](std::atomic<int64_t>& next) {
+    share(g.n, n_threads, [&](std::atomic<int64_t>& next) {
       Floats no_bias(b);
       std::fill_n(no_bias.data, b, 0.0f);
       for (int64_t n; (n = next++) < g.n;) {
@@ -202,8 +173,13 @@ void backward(const Call& call, const T* values, const T* x, const T* dy, T* dx,
   }
 }
 
-// `level` 0, 1, 2 asks for plain C++, AVX2 or AVX-512 register blocks, as far as this CPU has them; -1 for the best. Starting a
-// thread costs as much as the first million products.
+// `level` 0, 1, 2 asks for plain C++, AVX2 or AVX-512 register blocks, 3 for AMX, as far as this CPU has them; -1 for the best.
+constexpr int kAmxLevel = 3;
+inline bool on_amx(const BlockGrid* grid, int is_bf16, int level) {
+  return is_bf16 && (level < 0 || level >= kAmxLevel) && amx_serves(*grid);
+}
+
+// Starting a thread costs as much as the first million products.
 inline Call make_call(const BlockGrid* grid, int64_t tokens, int n_threads, int level) {
   const bool small = tokens * grid->n * grid->block * grid->block < (1 << 20);
   return {*grid, level < 0 ? isa() : Isa(std::min(level, int(isa()))), small ? 1 : n_threads};
@@ -216,6 +192,9 @@ using namespace fallow;
 // y [tokens, out] = x W^T + bias; values [n, b, b], x and y bf16 or fp32, bias fp32 padded to whole tiles, or null.
 FALLOW_API void fallow_block_forward(const BlockGrid* grid, const void* values, const void* x, const float* bias, void* y,
                                      int64_t tokens, int is_bf16, int n_threads, int level) {
+  if (on_amx(grid, is_bf16, level))
+    return amx_forward(*grid, static_cast<const bf16*>(values), static_cast<const bf16*>(x), bias, static_cast<bf16*>(y), tokens,
+                       n_threads);
   const Call call = make_call(grid, tokens, n_threads, level);
   if (is_bf16) forward(call, static_cast<const bf16*>(values), static_cast<const bf16*>(x), bias, static_cast<bf16*>(y), tokens);
   else forward(call, static_cast<const float*>(values), static_cast<const float*>(x), bias, static_cast<float*>(y), tokens);
@@ -224,6 +203,9 @@ FALLOW_API void fallow_block_forward(const BlockGrid* grid, const void* values, 
 // dx [tokens, in] and dvalues [n, b, b]; either may be null.
 FALLOW_API void fallow_block_backward(const BlockGrid* grid, const void* values, const void* x, const void* dy, void* dx,
                                       void* dvalues, int64_t tokens, int is_bf16, int n_threads, int level) {
+  if (on_amx(grid, is_bf16, level))
+    return amx_backward(*grid, static_cast<const bf16*>(values), static_cast<const bf16*>(x), static_cast<const bf16*>(dy),
+                        static_cast<bf16*>(dx), static_cast<bf16*>(dvalues), tokens, n_threads);
   const Call call = make_call(grid, tokens, n_threads, level);
   if (is_bf16)
     backward(call, static_cast<const bf16*>(values), static_cast<const bf16*>(x), static_cast<const bf16*>(dy),
@@ -232,3 +214,6 @@ FALLOW_API void fallow_block_backward(const BlockGrid* grid, const void* values,
     backward(call, static_cast<const float*>(values), static_cast<const float*>(x), static_cast<const float*>(dy),
              static_cast<float*>(dx), static_cast<float*>(dvalues), tokens);
 }
+
+// The best `level` here.
+FALLOW_API int fallow_isa() { return amx_available() ? kAmxLevel : int(isa()); }

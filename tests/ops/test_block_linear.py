@@ -16,6 +16,7 @@ from fallow.ops.block_linear import Tiles, block_linear, cpu, naive, tiles_of
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-3}
 DTYPES = [torch.float32, torch.bfloat16]
 native = pytest.mark.skipif(not cpu.available()[0], reason=cpu.available()[1])
+AMX = 3
 
 
 @pytest.fixture(autouse=True)
@@ -95,20 +96,59 @@ def test_cpu_matches_naive_on_any_shape(out, in_, block, density, lead, bias, dt
     assert_close(run(tiles, leaves, dy, "cpu"), tiles, leaves, dy, dtype)
 
 
+def at_level(level, tiles: Tiles, leaves, dy):
+    """The kernels' results at an instruction set, as `run` gives them."""
+    index = [tiles.rows_N, tiles.cols_N, tiles.row_start, tiles.col_start, tiles.col_order]
+    x, values, bias = (leaves[n].detach() for n in ("x", "values", "bias"))
+    size = [tiles.out, tiles.in_, tiles.block]
+    y = cpu.forward(x, values, bias, index, size, level)
+    dx, dvalues = cpu.backward(dy, x, values, index, size, True, True, level)
+    assert dx is not None and dvalues is not None
+    return {"y": y, "dx": dx, "dvalues": dvalues, "dbias": dy.sum(0)}
+
+
 @native
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("level", [0, 1, 2])
 def test_every_instruction_set_gives_the_same(level, dtype):
     for block in (16, 48, 64):
         tiles, leaves, dy = make(150, 210, block, 0.5, dtype, lead=(53,), bias=True)
-        index = [tiles.rows_N, tiles.cols_N, tiles.row_start, tiles.col_start, tiles.col_order]
-        x, values, bias = (leaves[n].detach() for n in ("x", "values", "bias"))
-        size = [tiles.out, tiles.in_, tiles.block]
-        got = {"y": cpu.forward(x, values, bias, index, size, level)}
-        dx, dvalues = cpu.backward(dy, x, values, index, size, True, True, level)
-        assert dx is not None and dvalues is not None
-        got |= {"dx": dx, "dvalues": dvalues, "dbias": dy.sum(0)}
-        assert_close(got, tiles, leaves, dy, dtype)
+        assert_close(at_level(level, tiles, leaves, dy), tiles, leaves, dy, dtype)
+
+
+@pytest.fixture
+def amx():
+    if cpu.native.library().fallow_isa() < AMX:
+        pytest.skip("this CPU, operating system or compiler has no AMX for bf16")
+
+
+@native
+@pytest.mark.parametrize("block", [32, 64, 96, 128])
+@pytest.mark.parametrize(
+    ("out", "in_", "tokens"), [(150, 210, 53), (33, 31, 1), (64, 64, 32), (390, 261, 95), (130, 520, 1100)]
+)
+def test_amx_matches_naive(amx, out, in_, tokens, block):
+    tiles, leaves, dy = make(out, in_, block, 0.5, torch.bfloat16, lead=(tokens,))
+    assert_close(at_level(AMX, tiles, leaves, dy), tiles, leaves, dy, torch.bfloat16)
+
+
+@native
+def test_amx_sums_go_on_past_its_workspace(amx):
+    """dy of 3,105 tokens of 4,096 channels is more than is cut up at once."""
+    tiles, leaves, dy = make(4096, 70, 64, 0.3, torch.bfloat16, lead=(3105,))
+    assert_close(at_level(AMX, tiles, leaves, dy), tiles, leaves, dy, torch.bfloat16)
+
+
+@native
+def test_amx_is_asked_for_by_level(amx):
+    """AMX takes subnormals for zero and fp32 FMAs do not, so the two are told apart by one product."""
+    tiles = tiles_of(torch.ones(1, 1, dtype=torch.bool), 32, 32, 32)
+    leaves = {"x": torch.full((1, 32), 2.0**-130), "values": torch.full((1, 32, 32), 2.0**30), "bias": torch.zeros(32)}
+    leaves = {n: t.bfloat16() for n, t in leaves.items()}
+    dy = torch.zeros(1, 32, dtype=torch.bfloat16)
+    assert at_level(2, tiles, leaves, dy)["y"].eq(2.0**-95).all()
+    for level in (AMX, -1):
+        assert at_level(level, tiles, leaves, dy)["y"].eq(0).all()
 
 
 @native
@@ -181,12 +221,15 @@ def test_only_the_gradients_asked_for(frozen):
 
 
 @native
-def test_one_thread_gives_the_same_bits():
-    tiles, leaves, dy = make(261, 390, 32, 0.5, torch.bfloat16, lead=(200,))
-    many, threads = run(tiles, leaves, dy, "cpu"), torch.get_num_threads()
+@pytest.mark.parametrize("tokens", [40, 200])
+def test_one_thread_gives_the_same_bits(tokens):
+    tiles, leaves, dy = make(1040, 390, 32, 0.5, torch.bfloat16, lead=(tokens,))
+    threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
         one = run(tiles, leaves, dy, "cpu")
+        torch.set_num_threads(5)
+        many = run(tiles, leaves, dy, "cpu")
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(one[n], many[n]) for n in one)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from fallow.errors import BackendError
 
-_ISA = ("portable C++", "AVX2", "AVX-512")
+_ISA = ("portable C++", "AVX2", "AVX-512", "AVX-512 and AMX (bf16)")
 
 
 class AdamWHyper(ctypes.Structure):
