@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from fallow import cli
-from fallow.bench import gate_ssd, ssd
+from fallow.bench import gate_ssd, ssd, ssd_steps
+from fallow.bench.flops import Shape
+from fallow.bench.steps import Case
 from fallow.errors import GateError
 from fallow.ops.expert_ffn import cpu
 
@@ -17,7 +19,10 @@ FIELDS = {"case", "dtype", "tokens", "dense_ms", "sparse_ms", "ratio", "ideal", 
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = {"step-tiny": Case("step-tiny", Shape(32, 128, 2, 2, 16, layers=2, vocab=64), 2, 16)}
     monkeypatch.setattr(ssd, "SHAPES", {"tiny": (32, 128)})
+    monkeypatch.setattr(ssd, "CASES", step)
+    monkeypatch.setattr(ssd_steps, "CASES", step)
 
 
 def test_rows_and_break_even(tiny: None, capsys: pytest.CaptureFixture[str]) -> None:
@@ -40,7 +45,19 @@ def test_rows_and_break_even(tiny: None, capsys: pytest.CaptureFixture[str]) -> 
 def test_printed_as_a_table(tiny: None, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["bench", "ssd", "--quick"]) == 0
     out = capsys.readouterr().out
-    assert "share" in out and "break-even tiny float32 E16: " in out
+    assert "share" in out and "break-even tiny float32 E16: " in out and "step-tiny" in out
+
+
+def test_whole_steps_are_against_the_fastest_dense_of_any_dtype(tiny: None) -> None:
+    rows = ssd_steps.rows_of_steps(["step-tiny"], rounds=2, compiled=False, experts=8, active=2)
+    assert [r["dtype"] for r in rows] == ["bfloat16", "float32"]
+    for row in rows:
+        assert row.keys() >= FIELDS
+        assert row["dense_ms"] == min(ms for n, ms in row["forms_ms"].items() if n.startswith("dense/"))
+        assert row["efficiency"] == pytest.approx(row["ratio"] / row["ideal"])
+        # FFN 6·32·128, attention 8·32·32 + 2·16·32 (half of the scores), head 2·32·64, per token and forward pass
+        ffn, rest = 2 * 6 * 32 * 128, 2 * (8 * 32 * 32 + 2 * 16 * 32) + 2 * 32 * 64
+        assert row["ideal"] == pytest.approx((ffn + rest) / (ffn / 4 + rest))
 
 
 def test_compiled_dense_counts_where_it_is_faster(tiny: None) -> None:

@@ -10,7 +10,7 @@ import yaml
 
 from fallow.errors import ConfigError
 from fallow.training.compare import interpolate, resolve_arms, table
-from fallow.training.recipe import documented_fields
+from fallow.training.recipe import Recipe, documented_fields
 from fallow.training.settings import load_file, parse_flags, resolve
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -123,3 +123,24 @@ def test_table_of_gaps() -> None:
     assert sat["loss_gap_equal_tokens"] == pytest.approx(0.3)
     assert sat["loss_gap_equal_seconds"] == pytest.approx(2.3 - 2.5)
     assert few["loss_gap_equal_tokens"] is None and few["loss_gap_equal_seconds"] is None
+
+
+def test_a_name_that_run_and_method_share_goes_by_its_value():
+    file = {"train_data": ["x"], "arms": {"dense": {"method": "none"}, "ssd": {"method": "ssd", "schedule": "fixed"}}}
+    found = {arm: resolve(file | {"schedule": "linear"}, {}, arm=arm) for arm in file["arms"]}
+    assert [r.schedule for r in found.values()] == ["linear", "linear"]
+    assert found["ssd"].method_settings == {"schedule": "fixed"}
+    shared = resolve(file | {"schedule": "always_sparse"}, {}, arm="dense")
+    assert (shared.schedule, shared.method_settings) == (Recipe().schedule, {})
+    with pytest.raises(ConfigError, match=r"'cosin' is neither the run's \(constant, .* nor ssd's \(adaptive, "):
+        resolve({"train_data": ["x"], "method": "ssd", "schedule": "cosin"}, {})
+    with pytest.raises(ConfigError, match="'fixed' is not one of constant, linear, cosine"):
+        resolve({"train_data": ["x"], "schedule": "fixed"}, {})
+
+
+def test_a_tuple_of_any_length_is_read_from_a_list():
+    assert resolve({"train_data": ["x"], "method": "ssd", "active": [4, 2, 1]}, {}).method_settings["active"] == (
+        4,
+        2,
+        1,
+    )

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fallow.bench.gate_ssd import check_expert_ffn
 from fallow.bench.harness import Step, interleave
+from fallow.bench.ssd_steps import CASES, rows_of_steps
 from fallow.errors import ConfigError
 from fallow.machine import describe
 from fallow.ops import expert_ffn as op
@@ -140,9 +141,9 @@ def break_even_share(case: str, experts: int, dtype: torch.dtype, *, rounds: int
 
 
 def _known(cases: list[str]) -> None:
-    unknown = sorted(set(cases) - set(SHAPES))
+    unknown = sorted(set(cases) - set(SHAPES) - set(CASES))
     if unknown:
-        raise ConfigError(f"bench ssd: unknown case {', '.join(unknown)}; use {', '.join(SHAPES)}")
+        raise ConfigError(f"bench ssd: unknown case {', '.join(unknown)}; use {', '.join((*SHAPES, *CASES))}")
 
 
 def run(
@@ -156,15 +157,17 @@ def run(
     _known(cases or [])
     gate = check_expert_ffn()
     rows: list[dict[str, Any]] = []
-    for case in cases or SHAPES:
+    for case in (c for c in cases or SHAPES if c in SHAPES):
         for dtype in DTYPES:
             rows += ffn_rows(case, dtype, rounds=rounds or (3 if quick else 9), compiled=compiled and not quick)
             gc.collect()
+    whole = [c for c in cases or CASES if c in CASES]
+    rows += rows_of_steps(whole, rounds=rounds or (3 if quick else 9), compiled=compiled and not quick)
     return {
         "bench": "ssd",
         "machine": describe(),
         "gate": "passed",
         "gate_errors": gate,
         "rows": rows,
-        "break_even": break_even(rows),
+        "break_even": break_even([r for r in rows if r["case"] in SHAPES]),
     }

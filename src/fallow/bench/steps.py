@@ -45,12 +45,13 @@ CASES = {
 }
 
 
-def build(case: Case, dtype: torch.dtype) -> PreTrainedModel:
+def build(case: Case, dtype: torch.dtype, *, act: str = "silu") -> PreTrainedModel:
     """A stock transformers Llama of the case's widths with random weights; without a head when `vocab` is 0."""
     s = case.shape
     config = LlamaConfig(
         hidden_size=s.d_model,
         intermediate_size=s.ffn,
+        hidden_act=act,
         num_attention_heads=s.heads,
         num_key_value_heads=s.kv_heads,
         head_dim=s.head_dim,

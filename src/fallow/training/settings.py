@@ -91,9 +91,10 @@ def resolve(file: Mapping[str, Any], flags: Mapping[str, Any], *, arm: str | Non
     settings: dict[str, Any] = {}
     for layer, strict in ((shared, not arms), (own, True), (flags, not arms)):
         for key, value in layer.items():
-            if key in _recipe_fields():
+            for_run, for_method = _meant_for(key, value, method, method_fields, of_some_arm)
+            if for_run:
                 values[key] = value
-            if key in method_fields:  # `seed` is both the run's and the method's
+            if for_method:
                 settings[key] = value
             elif key not in _recipe_fields() and (strict or key not in of_some_arm):
                 known = [*_recipe_fields(), *(method_fields if strict else of_some_arm)]
@@ -112,6 +113,27 @@ def resolve(file: Mapping[str, Any], flags: Mapping[str, Any], *, arm: str | Non
 
         check(recipe)
     return recipe
+
+
+def _meant_for(
+    key: str, value: Any, method: str, method_fields: set[str], of_some_arm: set[str]
+) -> tuple[bool, bool]:
+    """Whether a setting is the run's, the method's, or both (`seed`). Where both have it with choices of their own, the
+    value tells: `schedule: cosine` is the run's, `schedule: adaptive` SSD's."""
+    in_run, in_method = key in _recipe_fields(), key in method_fields
+    hint = typing.get_type_hints(Recipe).get(key)
+    if not in_run or get_origin(hint) is not Literal or key not in of_some_arm | method_fields:
+        return in_run, in_method
+    for_run = value in get_args(hint)
+    if not in_method:
+        return for_run, False  # another arm's method may take it
+    choices = get_args(_hints_of(method_class(method)).get(key))
+    if not for_run and value not in choices:
+        raise ConfigError(
+            f"recipe: {key}: {value!r} is neither the run's ({', '.join(map(str, get_args(hint)))}) nor"
+            f" {method}'s ({', '.join(map(str, choices))})"
+        )
+    return for_run, value in choices
 
 
 def closest(name: str, known: Iterable[str]) -> str:
@@ -146,6 +168,8 @@ def coerce(name: str, value: Any, annotation: Any) -> Any:
     if origin is list:
         items = value if isinstance(value, list | tuple) else [value]
         return [coerce(name, item, args[0]) for item in items]
+    if origin is tuple and isinstance(value, list | tuple) and args[1:] == (...,):
+        return tuple(coerce(name, item, args[0]) for item in value)
     if origin is tuple and isinstance(value, list | tuple) and len(value) == len(args):
         return tuple(coerce(name, item, arg) for item, arg in zip(value, args, strict=True))
     if origin is dict and args[1] is Any and isinstance(value, Mapping):
