@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import ctypes
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -56,10 +56,13 @@ def verify(
 
 def load(path: Path, *, context: int = 64, threads: int | None = None) -> Any:
     """The file in llama.cpp, giving the logits of every position."""
-    import llama_cpp
+    import llama_cpp  # pyright: ignore[reportMissingImports]  an extra
+    from llama_cpp import _logger  # pyright: ignore[reportMissingImports]
 
-    logging.getLogger("llama-cpp-python").setLevel(logging.CRITICAL)
     threads = threads or torch.get_num_threads()
+    # its binding takes warnings for errors and prints them, e.g. that a model was trained on less than 256 tokens
+    silent = llama_cpp.llama_log_callback(lambda level, text, data: None)
+    llama_cpp.llama_log_set(silent, ctypes.c_void_p())
     try:
         return llama_cpp.Llama(
             str(path), n_ctx=context, logits_all=True, n_threads=threads, n_threads_batch=threads, verbose=False
@@ -68,6 +71,8 @@ def load(path: Path, *, context: int = 64, threads: int | None = None) -> Any:
         raise CheckpointError(
             f"export: llama.cpp does not load what was written ({error}); nothing was written"
         ) from None
+    finally:
+        llama_cpp.llama_log_set(_logger.llama_log_callback, ctypes.c_void_p())
 
 
 def logits(engine: Any, ids_BT: Tensor) -> Tensor:
