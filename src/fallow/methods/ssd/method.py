@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -23,14 +22,13 @@ from fallow.method import Method, Mode
 from fallow.methods.ssd import monitor, switching
 from fallow.methods.ssd.config import SSD
 from fallow.methods.ssd.layers import ExpertFFN
-from fallow.methods.ssd.partitioning import Plan, agreed, fit_router, generator, plan_layer
+from fallow.methods.ssd.partitioning import Plan, fit_router, generator, plan_layer
 from fallow.methods.ssd.permuting import permute
+from fallow.methods.ssd.ranks import agreed, any_rank, mean_over_ranks
+from fallow.methods.ssd.watching import Watch
 from fallow.ops.activation import RELUS
 from fallow.optim import AdamW, LazyRows, decay_groups
 from fallow.shards import reshard
-
-PROBE_TOKENS = 2048
-"""At most so many tokens of a watched batch are used."""
 
 
 class SSDMethod(Method):
@@ -50,15 +48,17 @@ class SSDMethod(Method):
         self.log: list[switching.Entry] = []
         self.observations: list[dict[str, Any]] = []
         self.partitions: list[dict[str, Any]] = []
-        self.patterns = [monitor.Patterns() for _ in self.layers]
-        self.probe: dict[str, Tensor] | None = None
+        self.patterns = [
+            monitor.Patterns(monitor.sampled_neurons(layer.view.n_channels, generator(config.seed, 0, n, salt=9)))
+            for n, layer in enumerate(self.layers)
+        ]
+        self.watched = Watch(model, self.layers)
         self._asked = False
-        self._looking = False
         self._sparse_step = False
         self._optimizer: AdamW | None = None
         self._channels: dict[int, tuple[ExpertFFN, int, int]] = {}
         self._hooks = [model.register_forward_pre_hook(self._before_forward, with_kwargs=True)]
-        self._hooks += [layer.router.register_hook(_mean_over_ranks) for layer in self.layers]
+        self._hooks += [layer.router.register_hook(mean_over_ranks) for layer in self.layers]
 
     def _check(self, found: anatomy.Anatomy, active: tuple[int, ...]) -> None:
         c = self.config
@@ -83,9 +83,9 @@ class SSDMethod(Method):
     def before_step(self, step: int, total_steps: int) -> None:
         self._follow_model()
         if switching.due(self.config, step, total_steps) and (not self.log or self.log[-1].step < step):
-            entry = switching.decide(self.config, self.log, step, total_steps, self._observe(step))
+            entry = switching.decide(self.config, self.log, step, total_steps, self.observe(step))
             if entry.repartition:
-                self._partition(step)
+                self.partition(step)
             self.log.append(entry)
         phase = self.log[-1].phase if self.log else "dense"
         self._sparse_step = phase == "sparse" or (phase == "mixed" and step % 2 == 1)
@@ -110,78 +110,31 @@ class SSDMethod(Method):
 
     def _before_forward(self, _module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Start of a micro-batch: dense or sparse; the first one ever seen is watched where no other was given."""
-        if self.probe is None and self.model.training and self.config.schedule != "always_dense":
+        if self.watched.batch is None and self.model.training and self.config.schedule != "always_dense":
             given = {"input_ids": args[0]} if args else {}
             self.watch({k: v for k, v in (given | kwargs).items() if isinstance(v, Tensor)})
-        if not self._looking:
+        if not self.watched.looking:
             sparse = self._by_experts if self.model.training else self._asked and self.mode == "sparse"
             for layer in self.layers:
                 layer.sparse = sparse and layer.partitioned
 
     # -- looking ------------------------------------------------------------------------------------------------------
 
+    @property
+    def probe(self) -> dict[str, Tensor] | None:
+        """The watched batch."""
+        return self.watched.batch
+
     def watch(self, batch: dict[str, Tensor]) -> None:
         """The batch all observations are made on; labels are the inputs where there are none. Rank 0's on all ranks."""
-        if "input_ids" not in batch:
-            return
-        rows = max(1, PROBE_TOKENS // batch["input_ids"].shape[1])
-        device = self.model.device
-        kept = {k: agreed(v[:rows].detach().to(device, copy=True)) for k, v in sorted(batch.items()) if v.dim() >= 2}
-        self.probe = {"labels": kept["input_ids"]} | kept
+        self.watched.take(batch)
 
-    @contextmanager
-    def _evaluating(self, *, sparse: bool, observer: Any = None) -> Iterator[None]:
-        """Evaluation mode with every layer dense or sparse; afterwards as before, module by module."""
-        flags = [(module, module.training) for module in self.model.modules()]
-        before = [(layer.sparse, layer.observer) for layer in self.layers]
-        self._looking = True
-        try:
-            self.model.eval()
-            for layer in self.layers:
-                layer.sparse, layer.observer = sparse, observer
-            # observers read numbers out and differ each time: a compiled model would be compiled anew at every look
-            with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-                yield
-        finally:
-            self._looking = False
-            for layer, (was, watched) in zip(self.layers, before, strict=True):
-                layer.sparse, layer.observer = was, watched
-            for module, training in flags:
-                module.training = training
-
-    def _look(self, *, sparse: bool = False, observer: Any = None) -> float:
-        """Loss on the watched batch in nats per token."""
-        assert self.probe is not None
-        with self._evaluating(sparse=sparse, observer=observer):
-            loss = float(self.model(**self.probe, use_cache=False).loss)
-        reshard(self.model)
-        return loss
-
-    def _observe(self, step: int) -> switching.Seen:
-        if self.probe is None or self.config.schedule == "always_dense":
+    def observe(self, step: int) -> switching.Seen:
+        """Look at the watched batch and note everything; nothing where none is watched."""
+        if self.watched.batch is None or self.config.schedule == "always_dense":
             return switching.Seen()
-        seed = self.config.seed
-        sampled = [
-            monitor.sampled_neurons(layer.view.n_channels, generator(seed, 0, n, salt=9))
-            for n, layer in enumerate(self.layers)
-        ]
-        watcher = monitor.Watcher(self.patterns, sampled)
-        dense_loss = self._look(observer=watcher)
-        sparse_loss = self._look(sparse=True) if self._parted else None
-        reports = watcher.reports
-        means = [
-            monitor.mean_of(reports, lambda r: r.similarity),
-            monitor.mean_of(reports, lambda r: r.zeros),
-            dense_loss,
-            sparse_loss,
-        ]
-        # every rank computes the same numbers, but a decision must not hang on that
-        numbers = [float("nan") if m is None else m for m in means]
-        told = agreed(torch.tensor(numbers, dtype=torch.float64, device=self.model.device)).tolist()
-        names = ("similarity", "zeros", "dense_loss", "sparse_loss")
-        seen = switching.Seen(**{n: None if v != v else v for n, v in zip(names, told, strict=True)})
-        columns = monitor.LayerReport.__dataclass_fields__
-        self.observations.append({"step": step} | {c: [getattr(r, c) for r in reports] for c in columns})
+        seen, by_layer = self.watched.observe(self.patterns, sparse=self._parted)
+        self.observations.append({"step": step} | by_layer)
         return seen
 
     # -- experts ------------------------------------------------------------------------------------------------------
@@ -192,13 +145,14 @@ class SSDMethod(Method):
 
     def _plans(self, step: int) -> list[Plan]:
         """A new partition and router of every layer, decided before any weight moves."""
-        if self.probe is None:
+        if self.watched.batch is None:
             return [plan_layer(self.config, layer, n, step, None) for n, layer in enumerate(self.layers)]
         plans: list[Plan] = []
-        self._look(observer=lambda layer, x: plans.append(plan_layer(self.config, layer, len(plans), step, x)))
+        self.watched.look(observer=lambda layer, x: plans.append(plan_layer(self.config, layer, len(plans), step, x)))
         return plans
 
-    def _partition(self, step: int) -> None:
+    def partition(self, step: int) -> None:
+        """Sort the neurons of every layer into experts anew."""
         self._follow_model()
         plans = self._plans(step)
         reshard(self.model)  # what a forward pass left gathered would not be what is kept
@@ -213,10 +167,10 @@ class SSDMethod(Method):
 
     def _refit(self) -> None:
         """Routers for the experts as they are, fitted to the weights as they are now."""
-        if self.probe is None:
+        if self.watched.batch is None:
             return
         found: list[Tensor] = []
-        self._look(observer=lambda layer, x: found.append(fit_router(self.config, layer, x)))
+        self.watched.look(observer=lambda layer, x: found.append(fit_router(self.config, layer, x)))
         for layer, router_ED in zip(self.layers, found, strict=True):
             layer.refit(agreed(router_ED))
 
@@ -224,7 +178,7 @@ class SSDMethod(Method):
         """The FFNs in layer order: `view` (weights, expert after expert), `router` [E, D], `n_experts`, `active`.
         Makes experts of the weights as they are where no switch has done so yet."""
         if not self._parted:
-            self._partition(self.log[-1].step if self.log else 0)
+            self.partition(self.log[-1].step if self.log else 0)
         return self.layers
 
     # -- the optimizer ------------------------------------------------------------------------------------------------
@@ -253,7 +207,7 @@ class SSDMethod(Method):
         if not self._by_experts or id(param) not in self._channels:
             return None
         layer, dim, segments = self._channels[id(param)]
-        used_E = _any_rank(layer.used)
+        used_E = any_rank(layer.used)
         if bool(used_E.all()):
             return None
         channels = used_E.repeat_interleave(layer.view.n_channels // layer.n_experts).repeat(segments)
@@ -279,11 +233,16 @@ class SSDMethod(Method):
         return {k: last[k] for k in kept if k in last and all(v is not None for v in last[k])}
 
     def insight(self) -> dict[str, Any]:
+        """Everything seen and decided; with it, how similar each observation's patterns are to the last one's."""
+        ends = [
+            [monitor.correlation(known.seen[n], known.seen[-1]) for known in self.patterns]
+            for n in range(len(self.observations))
+        ]
         return {
             "experts": self.config.experts,
             "active": [layer.active for layer in self.layers],
             "log": [e.as_dict() for e in self.log],
-            "observations": self.observations,
+            "observations": [o | {"similarity_end": e} for o, e in zip(self.observations, ends, strict=True)],
             "partitions": self.partitions,
         }
 
@@ -291,17 +250,19 @@ class SSDMethod(Method):
 
     def state_dict(self) -> dict[str, Any]:
         """Where each neuron came from, the routers, the watched batch, and everything seen and decided."""
+        history = {"log": [e.as_dict() for e in self.log], "observations": self.observations}
         state: dict[str, Any] = {
             "method": self.name,
             "n_layers": self.n_layers,
             "experts": self.config.experts,
+            "active": torch.tensor([layer.active for layer in self.layers]),
             "partitioned": self._parted,
-            "history": json.dumps({k: v for k, v in self.insight().items() if k not in ("experts", "active")}),
+            "history": json.dumps(history | {"partitions": self.partitions}),
         }
-        for n, (layer, pattern) in enumerate(zip(self.layers, self.patterns, strict=True)):
+        for n, (layer, known) in enumerate(zip(self.layers, self.patterns, strict=True)):
             state |= {f"ids.{n}": layer.ids.clone(), f"router.{n}": layer.router.detach().clone()}
-            if pattern.first is not None and pattern.last is not None:
-                state |= {f"first.{n}": pattern.first, f"last.{n}": pattern.last}
+            if known.seen:
+                state[f"pairs.{n}"] = torch.stack(known.seen)
         return state | {f"probe.{k}": v for k, v in (self.probe or {}).items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -315,16 +276,16 @@ class SSDMethod(Method):
                 f"this state has {state['experts']} experts of {state['ids.0'].numel()} channels, the config"
                 f" {self.config.experts} of {self.layers[0].ids.numel()}; resume with the recipe that wrote it"
             )
+        if (active := state["active"].tolist()) != [layer.active for layer in self.layers]:
+            raise CheckpointError(f"this state has active={active}; resume with the recipe that wrote it")
         history, device = json.loads(state["history"]), self.model.device
         self.log = [switching.Entry.of(line) for line in history["log"]]
         self.observations, self.partitions = history["observations"], history["partitions"]
-        for n, (layer, pattern) in enumerate(zip(self.layers, self.patterns, strict=True)):
+        for n, (layer, known) in enumerate(zip(self.layers, self.patterns, strict=True)):
             layer.restore(state[f"ids.{n}"], state[f"router.{n}"], partitioned=bool(state["partitioned"]))
-            first, last = state.get(f"first.{n}"), state.get(f"last.{n}")
-            pattern.first = None if first is None else first.to(device)
-            pattern.last = None if last is None else last.to(device)
+            known.seen = list(state[f"pairs.{n}"].to(device)) if f"pairs.{n}" in state else []
         found = {k.removeprefix("probe."): v.to(device) for k, v in state.items() if k.startswith("probe.")}
-        self.probe = found or None
+        self.watched.batch = found or None
 
     def set_mode(self, mode: Mode) -> None:
         """`"sparse"`: training as the schedule says, evaluation by experts (made on the spot where there are none yet).
@@ -353,24 +314,3 @@ class SSDMethod(Method):
             layer.view.uninstall()
         self.model._fallow = None  # type: ignore[assignment]
         return self.model
-
-
-def _several_ranks() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def _mean_over_ranks(gradient: Tensor) -> Tensor:
-    """Routers lie outside of what FSDP2 and DDP wrap, so their gradient is averaged here."""
-    if _several_ranks():
-        gradient = gradient.contiguous()
-        dist.all_reduce(gradient)
-        gradient = gradient / dist.get_world_size()
-    return gradient
-
-
-def _any_rank(used_E: Tensor) -> Tensor:
-    if _several_ranks():
-        count = used_E.int()
-        dist.all_reduce(count)
-        return count > 0
-    return used_E

@@ -1,9 +1,9 @@
 """What SSD looks at: one forward pass of a fixed held-out batch, whose activations are summed up as it goes.
 
-Similarity compares *which neurons fire together*: phi coefficients (correlations of on and off) of all pairs among 192
+Similarity compares *which neurons fire together*: phi coefficients (correlations of on and off) of all pairs among 128
 neurons a layer, then the correlation of those numbers between two observations. Neurons are known by their number at
 the beginning, so a switch in between does not matter. Nothing [T, F] outlives its layer. Cost: a forward pass of the
-batch, and one product [192, T] × [T, 192] a layer; a second pass when a partition is there, for the loss computed
+batch, and one product [128, T] × [T, 128] a layer; a second pass when a partition is there, for the loss computed
 sparse.
 """
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from fallow.methods.ssd.layers import ExpertFFN
 from fallow.methods.ssd.router import mass, recall, route
 
-SAMPLED = 192
+SAMPLED = 128
 """Neurons per layer whose pairs are compared."""
 
 
@@ -42,10 +42,12 @@ class LayerReport:
 
 @dataclass(slots=True)
 class Patterns:
-    """Phi coefficients [P] of the pairs of one layer, at the first and at the last observation."""
+    """Which neurons of one layer fire together, at every observation so far."""
 
-    first: Tensor | None = None
-    last: Tensor | None = None
+    neurons_P: Tensor
+    """int64: numbers of the sampled neurons."""
+    seen: list[Tensor] = field(default_factory=list)
+    """fp16 [P (P - 1) / 2] each: correlations of all pairs."""
 
 
 @dataclass(slots=True)
@@ -53,12 +55,10 @@ class Watcher:
     """Sums up the activations of every layer during one forward pass.
 
     Args:
-        patterns: one per layer, updated.
-        neurons: int64 [L][P], numbers of the sampled neurons of each layer.
+        patterns: one per layer; what is seen is added.
     """
 
     patterns: list[Patterns]
-    neurons: list[Tensor]
     reports: list[LayerReport] = field(default_factory=list)
 
     def __call__(self, layer: ExpertFFN, x_TD: Tensor) -> None:
@@ -67,13 +67,12 @@ class Watcher:
         report = LayerReport(zeros=1 - float(fire_TF.float().mean()), dead=1 - float(fire_TF.any(0).float().mean()))
         place_F = torch.empty_like(layer.ids)
         place_F[layer.ids] = torch.arange(layer.ids.numel(), device=layer.ids.device)
-        phi_P = phi(fire_TF[:, place_F[self.neurons[number].to(place_F.device)]])
-        seen = self.patterns[number]
-        if seen.first is not None and seen.last is not None:
-            report.similarity = correlation(phi_P, seen.last)
-            report.similarity_start = correlation(phi_P, seen.first)
-        seen.first = phi_P if seen.first is None else seen.first
-        seen.last = phi_P
+        known = self.patterns[number]
+        pairs = pair_correlations(fire_TF[:, place_F[known.neurons_P.to(place_F.device)]])
+        if known.seen:
+            report.similarity = correlation(pairs, known.seen[-1])
+            report.similarity_start = correlation(pairs, known.seen[0])
+        known.seen.append(pairs.half())
         if layer.partitioned:
             mass_TE = mass(h_TF, down_norms(layer), layer.n_experts)
             choice_Tk, _ = route(x_TD, layer.router, layer.active)
@@ -81,20 +80,21 @@ class Watcher:
         self.reports.append(report)
 
 
-def phi(fire_TP: Tensor) -> Tensor:
-    """fp32 [P (P - 1) / 2]: correlation of on and off of every pair; 0 where a neuron is always on or always off."""
+def pair_correlations(fire_TP: Tensor) -> Tensor:
+    """fp32 [P (P - 1) / 2]: phi coefficient, the correlation of on and off, of every pair; 0 where a neuron is always
+    on or always off."""
     centred_TP = fire_TP.float()
     centred_TP = centred_TP - centred_TP.mean(0)
     norm_P = centred_TP.norm(dim=0)
     unit_TP = torch.where(norm_P > 0, centred_TP / norm_P.clamp_min(1e-12), 0.0)
-    phi_PP = unit_TP.t() @ unit_TP
-    row, column = torch.triu_indices(phi_PP.shape[0], phi_PP.shape[0], 1, device=phi_PP.device)
-    return phi_PP[row, column]
+    pairs_PP = unit_TP.t() @ unit_TP
+    row, column = torch.triu_indices(pairs_PP.shape[0], pairs_PP.shape[0], 1, device=pairs_PP.device)
+    return pairs_PP[row, column]
 
 
 def correlation(a: Tensor, b: Tensor) -> float:
     """Pearson's, of two vectors; 0 where one is constant."""
-    a, b = a - a.mean(), b - b.mean()
+    a, b = a.float() - a.float().mean(), b.float() - b.float().mean()
     norm = float(a.norm() * b.norm())
     return float(a @ b) / norm if norm > 0 else 0.0
 

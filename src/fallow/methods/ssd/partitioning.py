@@ -1,8 +1,7 @@
 """Making experts of a whole model: one pass over the held-out batch finds partitions and routers, then neurons move.
 
 Everything that needs weights and activations happens inside the pass, layer by layer, where FSDP2 has the weights
-gathered anyway. Without a batch, partitions come from the weights alone and routers are centroids. The new orders are
-rank 0's on every rank.
+gathered anyway. Without a batch, partitions come from the weights alone and routers are centroids.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from fallow.methods.ssd import clustering
@@ -103,11 +101,3 @@ def _router(
     found, best = recall(choice_Tk, mass_TE[1::2] if fitted else mass_TE)
     router_ED = fitted_router(x_TD, mass_TE) if fitted else centroid_ED
     return router_ED, {"recall": found, "oracle": best}
-
-
-def agreed(x: Tensor) -> Tensor:
-    """Rank 0's, on every rank."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        x = x.contiguous()
-        dist.broadcast(x, 0)
-    return x
