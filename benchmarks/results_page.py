@@ -6,6 +6,7 @@ A page's prose is written by hand; what stands between `<!-- table: NAME -->` an
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -51,6 +52,41 @@ def main(
         print(f"{parser.prog}: {type(error).__name__}: {error}; make the JSON files anew", file=sys.stderr)
         return 1
     return 0
+
+
+def fill_page(
+    results: Path,
+    page: Path,
+    tables: Sequence[tuple[str, tuple[str, ...], Callable[..., tuple[str, dict[str, str]]]]],
+    commands: dict[str, str],
+) -> list[str]:
+    """Fill every table of `page` from the JSON files it needs, and write its figures beside the page. Returns one line
+    per table.
+
+    Args:
+        tables: (name of the table, names of the JSON files, their contents -> (markdown, figures by name)).
+        commands: what makes each JSON file.
+    """
+    figures = page.parent / "figures"
+    figures.mkdir(parents=True, exist_ok=True)
+    text = page.read_text(encoding="utf-8")
+    found = {n: json.loads(p.read_text()) for n in commands if (p := results / f"{n}.json").exists()}
+    said: list[str] = []
+    for table, needs, build in tables:
+        missing = [n for n in needs if n not in found]
+        if missing:
+            lines = "; ".join(f"`{commands[n]}` makes `benchmarks/results/{n}.json`" for n in missing)
+            text = fill(text, table, f"Not measured yet: {lines}.")
+            said.append(f"{table}: missing {', '.join(missing)}")
+            continue
+        block, drawings = build(*(found[n] for n in needs))
+        for name, drawing in drawings.items():
+            (figures / f"{name}.svg").write_text(drawing, encoding="utf-8")
+        links = [f"![{name}](figures/{name}.svg)" for name in drawings]
+        text = fill(text, table, "\n\n".join([block, *links]))
+        said.append(f"{table}: done, {len(drawings)} figures")
+    page.write_text(text, encoding="utf-8")
+    return said
 
 
 def fill(text: str, name: str, block: str) -> str:

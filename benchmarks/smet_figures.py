@@ -8,13 +8,12 @@ prose outside of the markers is left alone. Where a JSON file is missing, the bl
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from results_page import fill, machine_line, main, markdown_table
+from results_page import fill_page, machine_line, main, markdown_table
 from smet_arms import ABLATIONS, MAIN
 from smet_charts import density_chart, spike_chart
 from smet_collate import Summary, at_equal_seconds, summarise
@@ -32,26 +31,7 @@ Data = dict[str, Any]
 
 def make(results: Path, page: Path) -> list[str]:
     """Write all figures beside `page` and fill its tables. Returns one line per table."""
-    figures = page.parent / "figures"
-    figures.mkdir(parents=True, exist_ok=True)
-    text = page.read_text(encoding="utf-8")
-    found = {n: json.loads(p.read_text()) for n in COMMANDS if (p := results / f"{n}.json").exists()}
-    said: list[str] = []
-    for table, needs, build in TABLES:
-        missing = [n for n in needs if n not in found]
-        if missing:
-            lines = "; ".join(f"`{COMMANDS[n]}` makes `benchmarks/results/{n}.json`" for n in missing)
-            text = fill(text, table, f"Not measured yet: {lines}.")
-            said.append(f"{table}: missing {', '.join(missing)}")
-            continue
-        block, drawings = build(*(found[n] for n in needs))
-        for name, drawing in drawings.items():
-            (figures / f"{name}.svg").write_text(drawing, encoding="utf-8")
-        links = [f"![{name}](figures/{name}.svg)" for name in drawings]
-        text = fill(text, table, "\n\n".join([block, *links]))
-        said.append(f"{table}: done, {len(drawings)} figures")
-    page.write_text(text, encoding="utf-8")
-    return said
+    return fill_page(results, page, TABLES, COMMANDS)
 
 
 def bench(data: Data) -> tuple[str, dict[str, str]]:

@@ -64,6 +64,7 @@ MAIN = [
     Arm(name="small", ffn_share=ACTIVE / EXPERTS),
     Arm(name="dense-060", steps_scale=0.6),
     Arm(name="dense-080", steps_scale=0.8),
+    _ssd("ssd-080", steps_scale=0.8),
     _ssd("ssd-125", steps_scale=1.25),
 ]
 DEEP = [

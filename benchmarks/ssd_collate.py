@@ -1,0 +1,109 @@
+"""Read out of benchmarks/results/ssd-pretrain.json and ssd-pace.json: losses in both modes, seconds, and the front.
+
+A run's seconds are its steps, observations and partitions at the prices of ssd-pace.json. Dense runs of several lengths
+make the front; "seconds to dense's loss" is where a line through an arm's runs of several lengths meets dense's final
+loss.
+"""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass, field
+from typing import Any
+
+from ssd_arms import ARMS
+
+Data = dict[str, Any]
+
+
+@dataclass(slots=True, kw_only=True)
+class Summary:
+    """One arm over its seeds."""
+
+    dense: dict[int, float] = field(default_factory=dict)
+    """Final held-out loss by seed, every expert computed."""
+    sparse: dict[int, float] = field(default_factory=dict)
+    """The same by k experts."""
+    seconds: dict[int, float] = field(default_factory=dict)
+    sparse_share: float = 0.0
+    """Share of the steps that were sparse."""
+    parameters: int = 0
+
+    def mean(self, what: str = "dense") -> float:
+        return statistics.fmean(getattr(self, what).values())
+
+
+def base_of(arm: str) -> str:
+    """The dense arm that an arm is compared with."""
+    return "deep-dense" if ARMS[arm].model == "deep" else "dense"
+
+
+def form_of(arm: str) -> tuple[str, str]:
+    """(dense, sparse) forms of ssd-pace.json that an arm's steps are made of."""
+    a = ARMS[arm]
+    prefix = "deep-" if a.model == "deep" else ""
+    if a.native_moe:
+        return f"{prefix}moe", f"{prefix}moe"
+    if a.ffn_share < 1:
+        return f"{prefix}small", f"{prefix}small"
+    sparse = {"ssd-sixteen": "sparse-16", "ssd-eighth": "sparse-eighth"}.get(arm, f"{prefix}sparse")
+    return f"{prefix}dense", sparse
+
+
+def seconds_of(run: Data, prices: dict[str, float]) -> float:
+    """Of a whole run."""
+    dense, sparse = form_of(run["arm"])
+    total = (run["steps"] - run["sparse_steps"]) * prices[dense] + run["sparse_steps"] * prices[sparse]
+    prefix = "deep-" if ARMS[run["arm"]].model == "deep" else ""
+    insight = run["insight"] or {}
+    total += len(insight.get("observations", ())) * prices[f"{prefix}observation"]
+    total += len(insight.get("partitions", ())) * prices[f"{prefix}partition"]
+    return total / 1e3
+
+
+def summarise(data: Data, pace: Data) -> dict[str, Summary]:
+    """Every arm that has a finished run."""
+    found: dict[str, Summary] = {}
+    for run in data["runs"]:
+        s = found.setdefault(run["arm"], Summary())
+        s.dense[run["seed"]] = run["heldout"]
+        if run["heldout_sparse"] is not None:
+            s.sparse[run["seed"]] = run["heldout_sparse"]
+        s.seconds[run["seed"]] = seconds_of(run, pace["prices_ms"])
+        s.sparse_share, s.parameters = run["sparse_steps"] / run["steps"], run["parameters"]
+    return found
+
+
+def gaps(of: dict[str, Summary], arm: str, what: str = "dense") -> list[float]:
+    """Loss minus that of the arm's dense run of full length, per seed, as a share of it."""
+    base = of[base_of(arm)].dense
+    return [loss / base[seed] - 1 for seed, loss in getattr(of[arm], what).items() if seed in base]
+
+
+def gap_at_equal_seconds(of: dict[str, Summary], arm: str) -> list[float]:
+    """Loss minus what dense runs of several lengths reach in the arm's seconds, nats, per seed."""
+    front = [a for a in of if a == base_of(arm) or (base_of(arm) == "dense" and a.startswith("dense-"))]
+    found = []
+    for seed, loss in of[arm].dense.items():
+        points = sorted((of[a].seconds[seed], of[a].dense[seed]) for a in front if seed in of[a].dense)
+        if len(points) >= 2:
+            found.append(loss - on_line(points, of[arm].seconds[seed]))
+    return found
+
+
+def seconds_to_dense(of: dict[str, Summary], arms: list[str]) -> list[float]:
+    """Seconds in which a form reaches dense's final loss over dense's seconds, per seed, on the line through its runs
+    of several lengths (`arms`)."""
+    found = []
+    for seed, target in of["dense"].dense.items():
+        points = sorted((of[a].dense[seed], of[a].seconds[seed]) for a in arms if a in of and seed in of[a].dense)
+        if len(points) >= 2:
+            found.append(on_line(points, target) / of["dense"].seconds[seed])
+    return found
+
+
+def on_line(points: list[tuple[float, float]], x: float) -> float:
+    """Linear between the two points around x, or beyond the end through the last two."""
+    after = next((i for i, (px, _) in enumerate(points) if px >= x), len(points) - 1)
+    (x0, y0), (x1, y1) = points[max(after - 1, 0)], points[max(after, 1)]
+    return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
