@@ -145,7 +145,7 @@ def rows_of(engine: str, dtype: str, found: dict[str, dict[str, float]], verifie
         for form, rate in rates.items():
             if form == "dense":
                 continue
-            row = {"engine": engine, "dtype": dtype, "phase": phase, "form": form}
+            row = {"engine": engine, "dtype": dtype, "phase": phase, "form": form, "threads": torch.get_num_threads()}
             row |= {"dense_tokens_per_s": dense, "moe_tokens_per_s": rate, "ratio": rate / dense}
             rows.append(row | {"verified": verified["moe"]})
             print(f"{engine:14}{dtype:6}{phase:9}{form:12}{dense:10.1f}{rate:10.1f}{rate / dense:7.2f}x", flush=True)

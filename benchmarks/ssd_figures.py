@@ -134,15 +134,17 @@ def pace(data: Data) -> Block:
 
 def export(data: Data) -> Block:
     """The same weights dense and as experts, in one stock engine."""
-    head = "engine | phase | dtype | threads | dense tokens/s | experts tokens/s | ratio"
+    head = "engine | dtype | phase | experts by | threads | dense tokens/s | experts tokens/s | ratio"
     rows = [
         [
-            r["engine"], r["phase"], r.get("dtype", ""), str(r.get("threads", "")), f"{r['dense_tokens_per_second']:,.1f}",
-            f"{r['moe_tokens_per_second']:,.1f}", f"**{r['ratio']:.2f}×**",
+            r["engine"], r["dtype"], r["phase"], r["form"], str(r["threads"]),
+            f"{r['dense_tokens_per_s']:,.1f}", f"{r['moe_tokens_per_s']:,.1f}", f"**{r['ratio']:.2f}×**",
         ]
         for r in data["rows"]
     ]  # fmt: skip
-    return f"{markdown_table(head, rows)}\n\n{machine_line(data)}", {}
+    s = data["settings"]
+    shape = f"{s['layers']} layers, d {s['width']}, F {s['channels']}, E {s['experts']} / k {s['active']}"
+    return f"{markdown_table(head, rows)}\n\n{shape}, prompt of {s['prompt']}. {machine_line(data)}", {}
 
 
 def relufy(data: Data) -> Block:
