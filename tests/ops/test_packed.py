@@ -95,6 +95,20 @@ def test_packed_linear_is_the_masked_dense_layer(density, bias, dtype):
         torch.testing.assert_close(b.grad, b2.grad, **tolerance)
 
 
+@pytest.mark.parametrize("amx", [False, True])
+@pytest.mark.parametrize("limit", [0, 1 << 20])
+def test_the_weight_gradient_is_the_same_copied_or_not(monkeypatch, amx, limit):
+    """dy as autograd hands it on: a view, or one number for all."""
+    monkeypatch.setattr(packed.native, "has_amx", lambda: amx)
+    monkeypatch.setattr(packed, "_COPIED", limit)
+    g = torch.Generator().manual_seed(2)
+    x, base = (torch.randn(s, generator=g).bfloat16() for s in ((50, 37), (24, 50)))
+    for dy in (base.t(), base.t().contiguous(), torch.ones((), dtype=torch.bfloat16).expand(50, 24)):
+        got = torch.full((24, 37), float("nan"), dtype=torch.bfloat16)
+        packed._weight_gradient(dy, x, got)
+        torch.testing.assert_close(got.double(), dy.double().t() @ x.double(), rtol=1e-2, atol=1e-2)
+
+
 def test_packed_linear_under_autocast_and_opcheck():
     _, _, layout = case((8, 24), 0.5, torch.float32)
     x = torch.randn(4, 24, requires_grad=True)

@@ -90,6 +90,12 @@ def available() -> tuple[bool, str]:
     return library is not None, reason
 
 
+def has_amx() -> bool:
+    """Whether bf16 products run on AMX tiles here: in these kernels, and then in oneDNN's too."""
+    loaded, _ = _load()
+    return loaded is not None and _ISA[loaded.fallow_isa()].endswith("AMX (bf16)")
+
+
 def library() -> ctypes.CDLL:
     """The loaded library. Raises BackendError when `available()` is false."""
     loaded, reason = _load()
