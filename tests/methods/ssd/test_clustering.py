@@ -145,6 +145,18 @@ def test_rounds_never_end_below_their_start(shape):
     assert clustering.objective(features, found, E) >= clustering.objective(features, start, E) - 1e-6
 
 
+def test_a_round_that_is_a_step_back_is_not_kept():
+    """Of 12 neurons from this start, round by round, the last partition is worse than one before it."""
+    features, partition = unit(12, 3, 1), clustering.random_partition(12, 4, generator(1, 1, 0))
+    rounds, after = [], partition
+    for _ in range(clustering.ROUNDS):
+        rounds.append(clustering.objective(features, after, 4))
+        after = clustering.balanced_assignment(features @ clustering.centers(features, after, 4).t())
+    assert rounds[-1] < max(rounds) - 0.01
+    found = clustering.balanced_partition(features, 4, generator(1, 2, 0), partition)
+    assert clustering.objective(features, found, 4) >= max(rounds) - 1e-6
+
+
 def test_overlap_by_hand():
     a = torch.tensor([0, 0, 1, 1, 2, 2])
     assert clustering.overlap(a, torch.tensor([2, 2, 0, 0, 1, 1]), 3) == 1.0, "numbers of experts do not matter"

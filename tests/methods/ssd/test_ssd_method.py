@@ -113,6 +113,22 @@ def test_the_gradient_of_the_router_does_not_add_up_over_steps():
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
+def test_a_new_router_begins_with_moments_of_its_own():
+    model, handle = made(**SWITCHING)
+    optimizer, fresh = handle.optimizer(lr=1e-2), 0
+    for step in range(30):
+        handle.before_step(step, 30)
+        if handle.log[-1].repartition:
+            fresh += 1
+            assert all(layer.router not in optimizer.state for layer in handle.layers)
+            for layer, recall in zip(handle.layers, handle.partitions[-1]["recall"], strict=True):
+                assert layer.router.abs().sum() > 0 and 0 < recall <= 1
+        train(model, handle, optimizer, step, step + 1, 30)
+        if handle.log[-1].phase == "sparse":
+            assert all(layer.router in optimizer.state for layer in handle.layers)
+    assert fresh >= 2
+
+
 def test_all_experts_chosen_leave_nothing_to_learn():
     model, handle = made(active=4, schedule="always_sparse")
     handle.before_step(0, 10)

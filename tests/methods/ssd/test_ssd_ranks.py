@@ -14,18 +14,19 @@ from tests.ranks import run_ranks
 from fallow.methods.ssd import switching
 
 TOTAL = 20
-SETTINGS: dict[str, Any] = SWITCHING | {"active": 1, "experts": 8}
+SETTINGS: dict[str, Any] = SWITCHING | {"active": 2, "experts": 16}
 # eps 1e-4: Adam turns a gradient of 1e-9, which is rounding noise, into a step of the full learning rate otherwise.
 
 
-def train(model: Any, handle: Any, rows: slice) -> list[float]:
+def train(model: Any, handle: Any, rows: slice) -> tuple[list[float], list[Any]]:
     optimizer = handle.optimizer(lr=1e-2, eps=1e-4, weight_decay=0.1)
-    losses = []
+    losses, gradients = [], []
     for step in range(TOTAL):
         handle.before_step(step, TOTAL)
         ids = batch(step, n=2)[rows]
         loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
+        gradients.append([layer.router.grad for layer in handle.layers])
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         optimizer.step()
         handle.after_step(step, TOTAL)
@@ -35,13 +36,14 @@ def train(model: Any, handle: Any, rows: slice) -> list[float]:
             dist.all_reduce(found)
             found /= dist.get_world_size()
         losses.append(float(found))
-    return losses
+    return losses, gradients
 
 
-def outcome(handle: Any, losses: list[float]) -> dict[str, Any]:
+def outcome(handle: Any, losses: list[float], gradients: list[Any]) -> dict[str, Any]:
     whole = {n: p.full_tensor() if hasattr(p, "full_tensor") else p for n, p in handle.model.named_parameters()}
     return {
         "losses": losses,
+        "router_gradients": gradients,
         "log": [e.as_dict() for e in handle.log],
         "phases": phases(handle),
         "partitions": handle.partitions,
@@ -63,7 +65,7 @@ def worker(rank: int, out: str) -> None:
         for layer in model.model.layers if wrapped == "layers" else ():
             fully_shard(layer)
         fully_shard(model)
-        torch.save(outcome(handle, train(model, handle, slice(rank, rank + 1))), f"{out}/{wrapped}-{family}-{rank}.pt")
+        torch.save(outcome(handle, *train(model, handle, slice(rank, rank + 1))), f"{out}/{wrapped}-{family}-{rank}.pt")
     torch.save({watch: on_the_spot(watch) for watch in (False, True)}, f"{out}/spot-{rank}.pt")
 
 
@@ -82,7 +84,7 @@ def on_the_spot(watch: bool) -> dict[str, Any]:
         handle.set_mode("dense")
         logits["dense"] = model(input_ids=batch(5)).logits
     model.reshard()
-    return logits | outcome(handle, [])
+    return logits | outcome(handle, [], [])
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +103,7 @@ def test_two_ranks_equal_one(wrapped: str, family: str, folder: Path) -> None:
     assert all(torch.equal(w, other["weights"][n]) for n, w in one["weights"].items())
 
     model, handle = made(family, **SETTINGS)
-    alone = outcome(handle, train(model, handle, slice(None)))
+    alone = outcome(handle, *train(model, handle, slice(None)))
     assert set(alone["phases"]) == {"d", "s", "m"} and len(alone["partitions"]) >= 2
     assert one["phases"] == alone["phases"]
     assert all(torch.equal(a, b) for a, b in zip(one["ids"], alone["ids"], strict=True))
@@ -110,6 +112,12 @@ def test_two_ranks_equal_one(wrapped: str, family: str, folder: Path) -> None:
         torch.testing.assert_close(one["weights"][name], weight, rtol=1e-4, atol=1e-5)
     for a, b in zip(one["routers"], alone["routers"], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    steps = [n for n, (g, _) in enumerate(alone["router_gradients"]) if g is not None]
+    assert len(steps) >= 8 and all((one["router_gradients"][n][0] is not None) == (n in steps) for n in range(TOTAL))
+    for n in steps:
+        for r, (a, b) in enumerate(zip(one["router_gradients"][n], alone["router_gradients"][n], strict=True)):
+            assert torch.equal(a, other["router_gradients"][n][r])
+            assert float((a - b).norm() / b.norm()) < 1e-2, (n, r)
     told = [switching.Entry.of(line) for line in one["log"]]
     assert switching.replay(handle.config, told) == told
 

@@ -56,6 +56,13 @@ def test_patience(patience, first):
     assert {e.reason for e in log if 20 <= e.step < first} <= {f"settled, but not yet {patience} times in a row"}
 
 
+def test_patience_begins_anew_with_every_dense_phase():
+    """Observations of a sparse phase do not count; the one that ended it does."""
+    log = run(config(patience=3, dense_share=0.0), GOOD)
+    assert letters(log) == "dd" + "ssssss" + "dd" + "ssssss" + "dd" + "mm"
+    assert log[9].reason == "settled, but not yet 3 times in a row"
+
+
 def test_patience_is_broken_by_one_observation():
     good = {20, 30, 35}
     log = run(config(), lambda step, _: GOOD if step in good else replace(GOOD, zeros=0.5))
