@@ -91,21 +91,25 @@ def double(leaves):
     return {n: t.detach().double().requires_grad_() for n, t in leaves.items()}
 
 
-def assert_close(got, want, dtype):
+def assert_close(got, want, dtype, same_dtype=None):
+    """Within the tolerance; where few numbers cancel, within twice what naive loses in the same dtype."""
     assert got.keys() == want.keys()
     for name, truth in want.items():
         expected = torch.float32 if name == "d coefficient" else dtype
         assert got[name].dtype == expected and got[name].shape == truth.shape, name
         assert torch.isfinite(got[name]).all(), f"{name} has entries that were never written"
-        error = (got[name].double() - truth).norm() / truth.norm().clamp_min(1e-30)
-        assert error <= TOLERANCE[dtype], f"{name}: relative error {error:.1e}"
+        scale = truth.norm().clamp_min(1e-30)
+        error = (got[name].double() - truth).norm() / scale
+        own = 0.0 if same_dtype is None else (same_dtype[name].double() - truth).norm() / scale
+        assert error <= max(TOLERANCE[dtype], 2 * own), f"{name}: relative error {error:.1e}, naive's {own:.1e}"
 
 
 def assert_equals_naive(leaves, choice, *, act="relu", experts=4, backend="cpu"):
     dy, dtype = gradient_like(leaves["x"]), leaves["x"].dtype
     got = run(leaves, choice, dy, act=act, experts=experts, backend=backend)
     want = run(double(leaves), choice, dy.double(), act=act, experts=experts, backend="naive")
-    assert_close(got, want, dtype)
+    same_dtype = run(leaves, choice, dy, act=act, experts=experts, backend="naive")
+    assert_close(got, want, dtype, same_dtype)
 
 
 @native
@@ -120,6 +124,13 @@ def test_cpu_matches_naive(act, dtype, gated, bias):
     assert op.last_used == "naive"
     call(leaves, choice, act=act)
     assert op.last_used == "cpu", "the backend chosen without being named"
+
+
+@native
+@pytest.mark.parametrize("K", [1, 2, 4])
+@pytest.mark.parametrize(("T", "D", "C"), [(1, 24, 16), (3, 1, 20), (9, 24, 1), (2, 5, 3)])
+def test_small_sizes(T, D, C, K):
+    assert_equals_naive(*make(T, D, C, K=K), act="silu")
 
 
 @native
@@ -146,9 +157,10 @@ def test_experts_shared_out_over_threads(monkeypatch, threads, dtype):
 @native
 @settings(max_examples=60, deadline=None)
 @given(
-    T=st.integers(0, 40),
-    D=st.integers(1, 90),
-    C=st.integers(1, 80),
+    # with a few numbers a sum may cancel, and no tolerance relative to it holds; small sizes have a test of their own
+    T=st.just(0) | st.integers(8, 40),
+    D=st.integers(8, 90),
+    C=st.integers(8, 80),
     E=st.integers(1, 9),
     K=st.integers(1, 9),
     gated=st.booleans(),
@@ -163,8 +175,6 @@ def test_cpu_matches_naive_on_any_shape(T, D, C, E, K, gated, bias, coefficient,
     K = min(K, E)
     options: dict[str, Any] = {"gated": gated, "bias": bias, "coefficient": coefficient, "unused": unused}
     leaves, choice = make(T, D, C, E, K, **options, dtype=dtype, seed=seed)
-    if dtype == torch.bfloat16 and D * C < 64:
-        return  # a handful of roundings does not average out: no tolerance on the norm holds
     assert_equals_naive(leaves, choice, act=act, experts=E)
 
 
