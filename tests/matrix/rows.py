@@ -131,8 +131,9 @@ def ssd_reference(handle: Any, stock: nn.Module) -> AbstractContextManager:
 
         def mask(_module: nn.Module, args: tuple, seen: dict = seen, sparse: Any = sparse, e: Any = expert_F) -> tuple:
             x = seen["x"].reshape(-1, seen["x"].shape[-1])
-            top = (x @ sparse.router.detach().t()).topk(sparse.active, dim=1)
-            p = top.values.softmax(1)
+            logits = x @ sparse.router.detach().t()
+            top = logits.topk(sparse.active, dim=1)
+            p = top.values.softmax(1) if sparse.active > 1 else logits.softmax(1).gather(1, top.indices)
             weight_TE = torch.zeros(x.shape[0], sparse.n_experts).scatter(1, top.indices, 1 + p - p.detach())
             return (args[0] * weight_TE[:, e].view(args[0].shape), *args[1:])
 

@@ -41,7 +41,7 @@ def test_a_whole_run_as_written_down():
     log = run(config(), GOOD)
     assert [e.step for e in log] == list(range(0, 100, 5))
     assert letters(log) == "dd" + "ssssss" + "dd" + "ssssss" + "dd" + "mm"
-    assert [e.step for e in log if e.repartition] == [10, 50]
+    assert [e.step for e in log if e.repartition] == [10, 50, 90], "and once more for the end, from a dense phase"
     assert {e.reason for e in log if e.step in (40, 80)} == {"the partition is 30 steps old"}
     assert log[-1].reason.startswith("the end of the run")
 
@@ -57,10 +57,10 @@ def test_patience(patience, first):
 
 
 def test_patience_begins_anew_with_every_dense_phase():
-    """Observations of a sparse phase do not count; the one that ended it does."""
+    """Observations of a sparse phase do not count, nor does the one that ended it."""
     log = run(config(patience=3, dense_share=0.0), GOOD)
-    assert letters(log) == "dd" + "ssssss" + "dd" + "ssssss" + "dd" + "mm"
-    assert log[9].reason == "settled, but not yet 3 times in a row"
+    assert letters(log) == "dd" + "ssssss" + "ddd" + "ssssss" + "d" + "mm"
+    assert log[10].reason == "settled, but not yet 3 times in a row"
 
 
 def test_patience_is_broken_by_one_observation():

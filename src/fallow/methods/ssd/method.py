@@ -110,7 +110,7 @@ class SSDMethod(Method):
 
     def _before_forward(self, _module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Start of a micro-batch: dense or sparse; the first one ever seen is watched where no other was given."""
-        if self.watched.batch is None and self.model.training and self.config.schedule != "always_dense":
+        if self.watched.batch is None and self.model.training:
             given = {"input_ids": args[0]} if args else {}
             self.watch({k: v for k, v in (given | kwargs).items() if isinstance(v, Tensor)})
         if not self.watched.looking:
@@ -131,9 +131,9 @@ class SSDMethod(Method):
 
     def observe(self, step: int) -> switching.Seen:
         """Look at the watched batch and note everything; nothing where none is watched."""
-        if self.watched.batch is None or self.config.schedule == "always_dense":
+        if self.watched.batch is None:
             return switching.Seen()
-        seen, by_layer = self.watched.observe(self.patterns, sparse=self._parted)
+        seen, by_layer = self.watched.observe(self.patterns, len(self.observations), sparse=self._parted)
         self.observations.append({"step": step} | by_layer)
         return seen
 
@@ -234,15 +234,17 @@ class SSDMethod(Method):
 
     def insight(self) -> dict[str, Any]:
         """Everything seen and decided; with it, how similar each observation's patterns are to the last one's."""
-        ends = [
-            [monitor.correlation(known.seen[n], known.seen[-1]) for known in self.patterns]
-            for n in range(len(self.observations))
-        ]
+        kept = self.patterns[0].at
+        ends = {
+            number: [monitor.correlation(known.seen[i], known.seen[-1]) for known in self.patterns]
+            for i, number in enumerate(kept)
+        }
+        none = [None] * self.n_layers  # of an observation whose patterns were not kept
         return {
             "experts": self.config.experts,
             "active": [layer.active for layer in self.layers],
             "log": [e.as_dict() for e in self.log],
-            "observations": [o | {"similarity_end": e} for o, e in zip(self.observations, ends, strict=True)],
+            "observations": [o | {"similarity_end": ends.get(n, none)} for n, o in enumerate(self.observations)],
             "partitions": self.partitions,
         }
 
@@ -262,7 +264,7 @@ class SSDMethod(Method):
         for n, (layer, known) in enumerate(zip(self.layers, self.patterns, strict=True)):
             state |= {f"ids.{n}": layer.ids.clone(), f"router.{n}": layer.router.detach().clone()}
             if known.seen:
-                state[f"pairs.{n}"] = torch.stack(known.seen)
+                state |= {f"pairs.{n}": torch.stack(known.seen), f"pairs_at.{n}": torch.tensor(known.at)}
         return state | {f"probe.{k}": v for k, v in (self.probe or {}).items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -284,6 +286,7 @@ class SSDMethod(Method):
         for n, (layer, known) in enumerate(zip(self.layers, self.patterns, strict=True)):
             layer.restore(state[f"ids.{n}"], state[f"router.{n}"], partitioned=bool(state["partitioned"]))
             known.seen = list(state[f"pairs.{n}"].to(device)) if f"pairs.{n}" in state else []
+            known.at = state[f"pairs_at.{n}"].tolist() if f"pairs_at.{n}" in state else []
         found = {k.removeprefix("probe."): v.to(device) for k, v in state.items() if k.startswith("probe.")}
         self.watched.batch = found or None
 

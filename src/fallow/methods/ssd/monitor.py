@@ -20,6 +20,8 @@ from fallow.methods.ssd.router import mass, recall, route
 
 SAMPLED = 128
 """Neurons per layer whose pairs are compared."""
+MOST_KEPT = 64
+"""Patterns of so many observations are kept for the comparison with the end, 16 KB a layer each."""
 
 
 @dataclass(slots=True)
@@ -47,7 +49,15 @@ class Patterns:
     neurons_P: Tensor
     """int64: numbers of the sampled neurons."""
     seen: list[Tensor] = field(default_factory=list)
-    """fp16 [P (P - 1) / 2] each: correlations of all pairs."""
+    """fp16 [P (P - 1) / 2] each: correlations of all pairs. At most `MOST_KEPT`, the first and the last among them."""
+    at: list[int] = field(default_factory=list)
+    """Which observation each is of."""
+
+    def add(self, pairs: Tensor, observation: int) -> None:
+        if len(self.seen) >= MOST_KEPT:
+            self.seen, self.at = self.seen[::2], self.at[::2]
+        self.seen.append(pairs.half())
+        self.at.append(observation)
 
 
 @dataclass(slots=True)
@@ -56,9 +66,11 @@ class Watcher:
 
     Args:
         patterns: one per layer; what is seen is added.
+        observation: its number.
     """
 
     patterns: list[Patterns]
+    observation: int
     reports: list[LayerReport] = field(default_factory=list)
 
     def __call__(self, layer: ExpertFFN, x_TD: Tensor) -> None:
@@ -72,7 +84,7 @@ class Watcher:
         if known.seen:
             report.similarity = correlation(pairs, known.seen[-1])
             report.similarity_start = correlation(pairs, known.seen[0])
-        known.seen.append(pairs.half())
+        known.add(pairs, self.observation)
         if layer.partitioned:
             mass_TE = mass(h_TF, down_norms(layer), layer.n_experts)
             choice_Tk, _ = route(x_TD, layer.router, layer.active)

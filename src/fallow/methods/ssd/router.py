@@ -43,11 +43,14 @@ def fitted_router(x_TD: Tensor, mass_TE: Tensor, *, ridge: float = 1e-2) -> Tens
 
 
 def route(x_TD: Tensor, router_ED: Tensor, active: int) -> tuple[Tensor, Tensor]:
-    """(int64 [T, k] the experts of each token, fp32 [T, k] softmax over them); gradients flow to x and the router."""
-    with torch.autocast(x_TD.device.type, enabled=False):
+    """(int64 [T, k] the experts of each token, fp32 [T, k] softmax over them); gradients flow to x and the router. The
+    softmax of a single one would be constant, so for k = 1 it is taken over all experts (ours)."""
+    with torch.autocast(x_TD.device.type, enabled=False):  # a choice must not hang on 8 bits
         logits_TE = x_TD.float() @ router_ED.t()
-    top = logits_TE.topk(active, dim=1)
-    return top.indices, top.values.softmax(1)
+        top = logits_TE.topk(active, dim=1)
+        if active == 1:
+            return top.indices, logits_TE.softmax(1).gather(1, top.indices)
+        return top.indices, top.values.softmax(1)
 
 
 def mass(hidden_TF: Tensor, down_norm_F: Tensor, experts: int) -> Tensor:

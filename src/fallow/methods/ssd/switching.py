@@ -90,7 +90,8 @@ def decide(config: SSD, log: list[Entry], step: int, total: int, seen: Seen) -> 
     if step >= end_step(config, total):
         if config.end == "dense":
             return entry("dense", "the end of the run is dense")
-        return entry("mixed", "the end of the run alternates dense and sparse steps", anew=not parted)
+        stale = before == "dense"  # made before this dense phase, or never
+        return entry("mixed", "the end of the run alternates dense and sparse steps", anew=stale)
     if step < round(config.dense_start * total):
         return entry("dense", "the beginning of the run is dense")
     since = step - _began(log, before)
@@ -129,7 +130,7 @@ def _from_dense(config: SSD, log: list[Entry], entry: Any, seen: Seen) -> Entry:
         return entry("dense", "nothing to compare yet")
     recent = [seen]
     for line in reversed(log):
-        if line.phase != "dense" or len(recent) >= config.patience:
+        if "sparse" in (line.before, line.phase) or len(recent) >= config.patience:
             break
         recent.append(line.seen)
     if seen.zeros < config.zeros:

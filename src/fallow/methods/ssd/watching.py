@@ -70,9 +70,10 @@ class Watch:
             for module, training in flags:
                 module.training = training
 
-    def observe(self, patterns: list[Patterns], *, sparse: bool) -> tuple[Seen, dict[str, list[Any]]]:
-        """(means over layers and the losses, every number by layer); `sparse`: also the loss by experts."""
-        watcher = Watcher(patterns)
+    def observe(self, patterns: list[Patterns], number: int, *, sparse: bool) -> tuple[Seen, dict[str, list[Any]]]:
+        """Observation `number`: (means over layers and the losses, every number by layer); `sparse`: also the loss by
+        experts."""
+        watcher = Watcher(patterns, number)
         dense_loss = self.look(observer=watcher)
         sparse_loss = self.look(sparse=True) if sparse else None
         reports = watcher.reports
