@@ -1,9 +1,9 @@
 """Sorting the neurons of an FFN into experts of equal size: balanced k-means on unit vectors.
 
-Neurons that fire on the same tokens belong together: a token that needs one of them needs its expert. Each round assigns
-neurons greedily by similarity, full experts refusing, in E sweeps over a matrix instead of a loop over F·E pairs. Exact
-transport solvers gain 0.1 % of the objective. Cost: about 15 products [F, d] × [d, E]; 0.2 s for 2,048 neurons, 1 s for
-11,008. Source: paper's code; warm start against fresh start.
+Neurons that fire on the same tokens belong together: a token that needs one of them needs its expert. Each round
+assigns neurons greedily by similarity, full experts refusing, in E sweeps over a matrix instead of a loop over F·E
+pairs. Exact transport solvers gain 0.1 % of the objective. Cost: about 15 products [F, d] × [d, E]; 0.2 s for 2,048
+neurons, 1 s for 11,008. Source: paper's code; warm start against fresh start.
 """
 
 from __future__ import annotations
