@@ -4,10 +4,10 @@
     python benchmarks/gpu_all.py --only sat --quick   # fewer rounds, no max-autotune baseline
     python benchmarks/gpu_all.py --interpret-check    # no GPU: the gates only, through Triton's interpreter
 
-The figure is forward + backward of one layer ("smet": a whole training step), bf16, 4×2,048 tokens, selection included,
-against the fastest dense form found (eager, compiled, max-autotune). Forms run interleaved in one process, timed by
-CUDA events; a ratio is the median of ratios within a round. A red gate prints no ratio. A further op joins `BENCHES`
-with one row.
+The figure is forward + backward of one layer ("smet": a whole training step; "ssd": an FFN), bf16, 4×2,048 tokens,
+selection included, against the fastest dense form found (eager, compiled, max-autotune). Forms run interleaved in one
+process, timed by CUDA events; a ratio is the median of ratios within a round. A red gate prints no ratio. A further op
+joins `BENCHES` with one row.
 Exit codes: 0 done, 1 a gate is red, 2 this machine cannot run it.
 """
 
@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import gpu_smet
+import gpu_ssd
 from gpu_gates import gate_subset_ffn
 from gpu_timing import SEQ_LEN, SEQUENCES, Row, Settings, Step, case_named, compile_options, interleave
 
@@ -201,6 +202,9 @@ BENCHES = [
         run=gpu_smet.bench_smet,
         break_even=gpu_smet.break_even_by_form,
         rate="density",
+    ),
+    Bench(
+        name="ssd", gate=gpu_ssd.gate_ssd, run=gpu_ssd.bench_ssd, break_even=gpu_ssd.break_even_by_form, rate="share"
     ),
 ]
 

@@ -85,6 +85,10 @@ class Method(ABC):
     def watch(self, batch: dict[str, torch.Tensor]) -> None:  # noqa: B027  most methods look at no batch of their own
         """A fixed held-out batch (what the model takes, labels included) that the method may run when it likes."""
 
+    def advice(self, tokens: int) -> list[str]:
+        """One line each, before training on `tokens` a step: what of the config will not pay here, with the number."""
+        return []
+
     def insight(self) -> dict[str, Any]:
         """What the method saw and decided so far, as JSON holds it, for the report's page; empty: nothing to tell."""
         return {}

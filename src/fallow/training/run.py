@@ -133,6 +133,9 @@ class _Run:
             self.record["eval"] = earlier.get("eval") or self.record["eval"]
         self._print_header(backend_lines, earlier is not None)
         self._check_packing()
+        if self.sparsity is not None and self.resumed is None:
+            for line in self.sparsity.advice(recipe.tokens_per_step() // recipe.accumulate // recipe.nproc):
+                self.display.say(f"warning    {line}")
 
     def _fast_paths(self) -> list[str]:
         """Put the fastest sound attention and loss on this instance; the same for every arm."""

@@ -115,9 +115,7 @@ def resolve(file: Mapping[str, Any], flags: Mapping[str, Any], *, arm: str | Non
     return recipe
 
 
-def _meant_for(
-    key: str, value: Any, method: str, method_fields: set[str], of_some_arm: set[str]
-) -> tuple[bool, bool]:
+def _meant_for(key: str, value: Any, method: str, method_fields: set[str], of_some_arm: set[str]) -> tuple[bool, bool]:
     """Whether a setting is the run's, the method's, or both (`seed`). Where both have it with choices of their own, the
     value tells: `schedule: cosine` is the run's, `schedule: adaptive` SSD's."""
     in_run, in_method = key in _recipe_fields(), key in method_fields

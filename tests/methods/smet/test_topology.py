@@ -125,9 +125,7 @@ def test_moving_by_groups_of_rows_is_the_same_update(per_row, grown, monkeypatch
         score = torch.rand(16, 37, generator=g).masked_fill(alive, -1)
         candidates = packed.naive.pack_bits(topology.largest(score, n, per_row=per_row))
     values = weights[alive]
-    bitmap = moving.moved(
-        layout, values, 0.2, per_row=per_row, g=topology.generator(1, 1, 0), candidates_OB=candidates
-    )
+    bitmap = moving.moved(layout, values, 0.2, per_row=per_row, g=topology.generator(1, 1, 0), candidates_OB=candidates)
     assert torch.equal(values, weights[alive]), "an update is decided by the weights and does not touch them"
     new = packed.naive.unpack_bits(bitmap, 37)
     growth = None if candidates is None else packed.naive.unpack_bits(candidates, 37).float()

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from fallow import anatomy
+from fallow.errors import ConfigError
+from fallow.methods.ssd.config import SSD
 from fallow.methods.ssd.router import route
-from fallow.ops.activation import activation
+from fallow.ops.activation import RELUS, activation
 from fallow.ops.expert_ffn import expert_ffn
 
 Observer = Callable[["ExpertFFN", Tensor], None]
@@ -99,3 +101,22 @@ class ExpertFFN:
         self.ids = ids_F.to(self.ids.device)
         self.router.copy_(router_ED)
         self.partitioned = partitioned
+
+
+def check(c: SSD, active: tuple[int, ...], found: anatomy.Anatomy) -> None:
+    """Raise ConfigError where the config does not fit the model."""
+    if len(active) != found.n_layers:
+        raise ConfigError(f"SSD: active has {len(active)} numbers, the model {found.n_layers} layers")
+    for view in found.ffns:
+        if view.n_channels % c.experts:
+            fits = [e for e in range(2, 129) if view.n_channels % e == 0 and e >= max(active)]
+            near = sorted(sorted(fits, key=lambda e: abs(e - c.experts))[:3])
+            raise ConfigError(
+                f"SSD: experts={c.experts} does not divide the {view.n_channels} channels of {view.name};"
+                f" use {', '.join(map(str, near)) or 'another model'}"
+            )
+        if c.relu == "require" and view.act not in RELUS:
+            raise ConfigError(
+                f"SSD: {view.name} uses {view.act}, whose neurons are never off; train a model with hidden_act:"
+                " relu, or say relu='swap' to put ReLU in its place (the model then needs training)"
+            )

@@ -21,8 +21,9 @@ from fallow.errors import CheckpointError, ConfigError
 from fallow.method import Method, Mode
 from fallow.methods.ssd import monitor, switching
 from fallow.methods.ssd.config import SSD
-from fallow.methods.ssd.layers import ExpertFFN
+from fallow.methods.ssd.layers import ExpertFFN, check
 from fallow.methods.ssd.partitioning import Plan, fit_router, generator, plan_layer
+from fallow.methods.ssd.payoff import payoff
 from fallow.methods.ssd.permuting import permute
 from fallow.methods.ssd.ranks import agreed, any_rank, mean_over_ranks
 from fallow.methods.ssd.watching import Watch
@@ -41,7 +42,7 @@ class SSDMethod(Method):
         super().__init__(model, config)
         self.n_layers = found.n_layers
         active = config.active if isinstance(config.active, tuple) else (config.active,) * found.n_layers
-        self._check(found, active)
+        check(config, active, found)
         if config.relu == "swap" and any(view.act not in RELUS for view in found.ffns):
             anatomy.put_relu(model, found)
         self.layers = [ExpertFFN(v, experts=config.experts, active=k) for v, k in zip(found.ffns, active, strict=True)]
@@ -59,24 +60,6 @@ class SSDMethod(Method):
         self._channels: dict[int, tuple[ExpertFFN, int, int]] = {}
         self._hooks = [model.register_forward_pre_hook(self._before_forward, with_kwargs=True)]
         self._hooks += [layer.router.register_hook(mean_over_ranks) for layer in self.layers]
-
-    def _check(self, found: anatomy.Anatomy, active: tuple[int, ...]) -> None:
-        c = self.config
-        if len(active) != found.n_layers:
-            raise ConfigError(f"SSD: active has {len(active)} numbers, the model {found.n_layers} layers")
-        for view in found.ffns:
-            if view.n_channels % c.experts:
-                fits = [e for e in range(2, 129) if view.n_channels % e == 0 and e >= max(active)]
-                near = sorted(sorted(fits, key=lambda e: abs(e - c.experts))[:3])
-                raise ConfigError(
-                    f"SSD: experts={c.experts} does not divide the {view.n_channels} channels of {view.name};"
-                    f" use {', '.join(map(str, near)) or 'another model'}"
-                )
-            if c.relu == "require" and view.act not in RELUS:
-                raise ConfigError(
-                    f"SSD: {view.name} uses {view.act}, whose neurons are never off; train a model with hidden_act:"
-                    " relu, or say relu='swap' to put ReLU in its place (the model then needs training)"
-                )
 
     # -- the step -----------------------------------------------------------------------------------------------------
 
@@ -231,6 +214,21 @@ class SSDMethod(Method):
         last = self.observations[-1] if self.observations else {}
         kept = ("zeros", "dead", "similarity", "recall")
         return {k: last[k] for k in kept if k in last and all(v is not None for v in last[k])}
+
+    def advice(self, tokens: int) -> list[str]:
+        """A line where computing `active` of `experts` is slower than dense at these widths, here and now."""
+        layer, c = self.layers[0], self.config
+        if c.schedule == "always_dense" or layer.active == layer.n_experts:
+            return []
+        found = payoff(layer, tokens)
+        if found.ratio >= 1:
+            return []
+        up_to = "at no share" if found.break_even is None else f"up to {found.break_even:.0%} of them"
+        return [
+            f"{layer.active} of {layer.n_experts} experts run {found.ratio:.2f} times as fast as the dense FFN of"
+            f" {layer.view.d_model}×{layer.view.n_channels} here: experts pay {up_to}; use fewer active or"
+            " fewer, fatter experts (fallow bench ssd)"
+        ]
 
     def insight(self) -> dict[str, Any]:
         """Everything seen and decided; with it, how similar each observation's patterns are to the last one's."""
