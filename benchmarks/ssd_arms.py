@@ -1,9 +1,9 @@
 """The arms of SSD's experiments: what each is, by name, as data.
 
-`ssd` is the method with thresholds for a run of 300 steps. `fixed-partition` makes one partition at the first switch
+`ssd` is the method with thresholds for a run of 200 steps. `fixed-partition` makes one partition at the first switch
 and keeps it; `random-partition` is SSD with experts by chance; `always-sparse` never is dense;
 `moe` is a native Mixtral with the same active and total weights; `small` is a dense model with the FFN that a sparse
-token computes.
+token computes, `small-long` with more steps.
 """
 
 from __future__ import annotations
@@ -55,17 +55,16 @@ def _ssd(name: str, model: str = "wide", steps_scale: float = 1.0, **settings: A
 MAIN = [
     Arm(name="dense"),
     _ssd("ssd"),
-    _ssd("ssd-dense-end", end="dense"),
-    _ssd("fixed-partition", schedule="fixed", sparse_share=1.0),
-    _ssd("random-partition", partition="random", router="centroid"),
-    _ssd("paper-partition", cluster_by="weights", router="centroid"),
+    Arm(name="dense-080", steps_scale=0.8),
     _ssd("always-sparse", schedule="always_sparse"),
+    _ssd("ssd-125", steps_scale=1.25),
+    _ssd("random-partition", partition="random", router="centroid"),
     Arm(name="moe", native_moe=True),
     Arm(name="small", ffn_share=ACTIVE / EXPERTS),
-    Arm(name="dense-060", steps_scale=0.6),
-    Arm(name="dense-080", steps_scale=0.8),
-    _ssd("ssd-080", steps_scale=0.8),
-    _ssd("ssd-125", steps_scale=1.25),
+    _ssd("fixed-partition", schedule="fixed", sparse_share=1.0),
+    _ssd("ssd-dense-end", end="dense"),
+    _ssd("paper-partition", cluster_by="weights", router="centroid"),
+    Arm(name="small-long", ffn_share=ACTIVE / EXPERTS, steps_scale=1.5),
 ]
 DEEP = [
     Arm(name="deep-dense", model="deep"),

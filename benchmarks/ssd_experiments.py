@@ -39,7 +39,7 @@ from fallow.training.trainer import collate
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = ROOT / "benchmarks" / "recipes" / "ssd-pretrain.yaml"
 RESULT = ROOT / "benchmarks" / "results" / "ssd-pretrain.json"
-CURVE = 20
+CURVE = 40
 """Steps between two points of the held-out curve."""
 
 
