@@ -60,7 +60,7 @@ def test_a_real_run_has_all_pictures_and_they_say_what_it_saw(tmp_path: Path) ->
     assert hovered(block, "gap")["gap"] == gaps
     observed, made = insight["observations"], insight["partitions"]
     assert hovered(block, "similarity")["look before"] == means(observed, "similarity")
-    assert hovered(block, "similarity")["first look"] == means(observed, "similarity_start")
+    assert hovered(block, "similarity")["last look"] == means(observed[:-1], "similarity_end")
     assert hovered(block, "zeros")["zeros"] == means(observed, "zeros")
     assert hovered(block, "dead")["dead"] == means(observed, "dead")
     recall = hovered(block, "recall")
@@ -137,7 +137,8 @@ def test_thresholds_are_drawn_only_where_they_decide(tmp_path: Path) -> None:
 def test_runs_that_never_switch(tmp_path: Path) -> None:
     dense = block_of(switching(tmp_path / "d", "always_dense"))
     assert dense.sentence == "SSD stayed dense in all of its 60 steps; its last look says why: always dense."
-    assert shown(dense) == set() and dense.sorted is None and dense.cards[0].value == "0%"
+    assert shown(dense) == ALL - {"gap", "recall", "router-layers", "overlap"}, "it looks, and never computes experts"
+    assert dense.sorted is None and dense.cards[0].value == "0%"
     sparse = block_of(switching(tmp_path / "s", "always_sparse"))
     assert "in 60 of its 60 steps, from step 0. There each token" in sparse.sentence and sparse.cards[0].value == "100%"
     assert shown(sparse) == ALL - {"overlap"}, "one partition: nothing to overlap with"

@@ -75,19 +75,19 @@ class Drawing:
         return self._chart("gap", "What does it cost to compute only experts?", series, y, caption, ground)
 
     def _similarity(self) -> list[Figure | None]:
-        last, first = self.insight.observed("similarity"), self.insight.observed("similarity_start")
+        last, end = self.insight.observed("similarity"), self.insight.observed("similarity_end")[:-1]
         level = self.insight.threshold("similarity")
         caption = (
-            "Which neurons fire together, compared with the look before and with the very first look: 1 is the same "
+            "Which neurons fire together, compared with the look before and with the last look of all: 1 is the same "
             "pattern, 0 an unrelated one. Good: near 1, then groups of neurons made now still fit later. Low: it is "
-            "too early to group, and staying dense is right. A low line for the first look says that groups made at "
-            "the start would not fit any more."
+            "too early to group, and staying dense is right. Where the line to the last look is low, groups made then "
+            "would not fit the finished model."
         )
         if level is not None:
             caption += " Above the dashed line it may switch to sparse."
         ground = Ground(spans=self.spans, level=None if level is None else (level, f"needed to go sparse, {level:g}"))
         series = [self._ranged("look before", self.colour, last)]
-        series.append(self._ranged("first look", 0, first, css="line dashed"))
+        series.append(self._ranged("last look", 0, end, css="line dashed"))
         y = Axis(title="similarity", decimals=2)
         words = "Similarity with the look before. Faint rows are layers whose pattern still changes."
         return [

@@ -34,8 +34,6 @@ class LayerReport:
     """Share of neurons that fired for no token of the batch."""
     similarity: float | None = None
     """Correlation of phi coefficients with the observation before."""
-    similarity_start: float | None = None
-    """The same with the first observation."""
     recall: float | None = None
     """Share of the output mass that the router's experts hold."""
     oracle: float | None = None
@@ -83,7 +81,6 @@ class Watcher:
         pairs = pair_correlations(fire_TF[:, place_F[known.neurons_P.to(place_F.device)]])
         if known.seen:
             report.similarity = correlation(pairs, known.seen[-1])
-            report.similarity_start = correlation(pairs, known.seen[0])
         known.add(pairs, self.observation)
         if layer.partitioned:
             mass_TE = mass(h_TF, down_norms(layer), layer.n_experts)
