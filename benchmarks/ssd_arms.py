@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-EXPERTS, ACTIVE = 8, 2
+EXPERTS, ACTIVE = 16, 4
 MODELS: dict[str, dict[str, int]] = {
     "wide": {},
     "deep": {"intermediate_size": 1024, "num_hidden_layers": 5},
@@ -55,29 +55,29 @@ def _ssd(name: str, model: str = "wide", steps_scale: float = 1.0, **settings: A
 MAIN = [
     Arm(name="dense"),
     _ssd("ssd"),
-    Arm(name="dense-080", steps_scale=0.8),
+    _ssd("ssd-half", active=EXPERTS // 2),
     _ssd("always-sparse", schedule="always_sparse"),
-    _ssd("ssd-125", steps_scale=1.25),
     _ssd("random-partition", partition="random", router="centroid"),
     Arm(name="moe", native_moe=True),
     Arm(name="small", ffn_share=ACTIVE / EXPERTS),
+    Arm(name="dense-080", steps_scale=0.8),
     _ssd("fixed-partition", schedule="fixed", sparse_share=1.0),
-    _ssd("ssd-dense-end", end="dense"),
-    _ssd("paper-partition", cluster_by="weights", router="centroid"),
-    Arm(name="small-long", ffn_share=ACTIVE / EXPERTS, steps_scale=1.5),
+    _ssd("ssd-125", steps_scale=1.25),
 ]
 DEEP = [
     Arm(name="deep-dense", model="deep"),
     _ssd("deep-ssd", model="deep"),
     Arm(name="deep-small", model="deep", ffn_share=ACTIVE / EXPERTS),
-    Arm(name="deep-moe", model="deep", native_moe=True),
+    _ssd("deep-ssd-eight", model="deep", experts=8, active=2),
 ]
 ABLATIONS = [
+    _ssd("ssd-end30", end_share=0.3),
+    _ssd("paper-partition", cluster_by="weights", router="centroid"),
+    _ssd("ssd-early", similarity=0.4),
+    _ssd("ssd-dense-end", end="dense"),
     _ssd("ssd-router-fixed", router_lr=0.0),
-    _ssd("ssd-router-4x", router_lr=4.0),
-    _ssd("ssd-sixteen", experts=16, active=4),
-    _ssd("ssd-eighth", active=1),
-    _ssd("ssd-early", dense_start=0.05),
+    _ssd("ssd-eight", experts=8, active=2),
+    Arm(name="small-long", ffn_share=ACTIVE / EXPERTS, steps_scale=1.5),
 ]
 ARMS = {arm.name: arm for arm in (*MAIN, *DEEP, *ABLATIONS)}
 SETS: dict[str, list[Arm]] = {"main": MAIN, "deep": DEEP, "ablations": ABLATIONS}
