@@ -21,6 +21,7 @@ from smet_collate import Summary, at_equal_seconds, summarise
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = {
     "smet-bench": "fallow bench smet --json > benchmarks/results/smet-bench.json",
+    "smet-bench-no-amx": "fallow bench smet --json > benchmarks/results/smet-bench-no-amx.json on a CPU without AMX",
     "smet-memory": "python benchmarks/smet_memory.py",
     "smet-pace": "python benchmarks/smet_pace.py",
     "smet-spike": "python benchmarks/smet_spike.py --density 0.25",
@@ -44,7 +45,7 @@ def bench(data: Data) -> tuple[str, dict[str, str]]:
         [
             r["case"], r["form"], r["dtype"], f"{r['density']:g}", f"{r['tokens']:,}", f"{r['dense_ms']:,.0f}",
             f"{r['sparse_ms']:,.0f}", f"**{r['ratio']:.2f}×**", f"{r['ideal']:.2f}×", f"{r['efficiency']:.0%}",
-            f"{r['ratio_same_dtype']:.2f}×", f"{r['step_time']:.2f}×", f"{r['state_bytes']:.3f}×",
+            f"{r['ratio_same_dtype']:.2f}×" if "ratio_same_dtype" in r else "–", f"{r['step_time']:.2f}×", f"{r['state_bytes']:.3f}×",
             f"{r['update_share']:.1%}",
             r["dense_form"].removeprefix("dense/"), r["sparse_form"].removeprefix("sparse/"),
         ]
@@ -153,6 +154,8 @@ Build = Callable[..., tuple[str, dict[str, str]]]
 TABLES: list[tuple[str, tuple[str, ...], Build]] = [
     ("bench", ("smet-bench",), bench),
     ("layers", ("smet-bench",), layers),
+    ("bench-no-amx", ("smet-bench-no-amx",), bench),
+    ("layers-no-amx", ("smet-bench-no-amx",), layers),
     ("memory", ("smet-memory",), memory),
     ("pretrain", ("smet-pretrain", "smet-pace"), pretrain),
     ("spikes", ("smet-spike",), spikes),
