@@ -45,8 +45,8 @@ def bench(data: Data) -> tuple[str, dict[str, str]]:
         [
             r["case"], r["form"], r["dtype"], f"{r['density']:g}", f"{r['tokens']:,}", f"{r['dense_ms']:,.0f}",
             f"{r['sparse_ms']:,.0f}", f"**{r['ratio']:.2f}×**", f"{r['ideal']:.2f}×", f"{r['efficiency']:.0%}",
-            f"{r['ratio_same_dtype']:.2f}×" if "ratio_same_dtype" in r else "–", f"{r['step_time']:.2f}×", f"{r['state_bytes']:.3f}×",
-            f"{r['update_share']:.1%}",
+            f"{r['ratio_same_dtype']:.2f}×" if "ratio_same_dtype" in r else "–",
+            f"{r['step_time']:.2f}×", f"{r['state_bytes']:.3f}×", f"{r['update_share']:.1%}",
             r["dense_form"].removeprefix("dense/"), r["sparse_form"].removeprefix("sparse/"),
         ]
         for r in data["rows"] if "form" in r
