@@ -56,17 +56,19 @@ MAIN = [
     Arm(name="dense"),
     _ssd("ssd"),
     _ssd("ssd-half", active=EXPERTS // 2),
+    _ssd("ssd-half-early", active=EXPERTS // 2, similarity=0.4),
+    _ssd("ssd-half-120", active=EXPERTS // 2, similarity=0.4, steps_scale=1.2),
     _ssd("always-sparse", schedule="always_sparse"),
     _ssd("random-partition", partition="random", router="centroid"),
     Arm(name="moe", native_moe=True),
     Arm(name="small", ffn_share=ACTIVE / EXPERTS),
     Arm(name="dense-080", steps_scale=0.8),
     _ssd("fixed-partition", schedule="fixed", sparse_share=1.0),
-    _ssd("ssd-125", steps_scale=1.25),
 ]
 DEEP = [
     Arm(name="deep-dense", model="deep"),
     _ssd("deep-ssd", model="deep"),
+    _ssd("deep-ssd-half", model="deep", active=EXPERTS // 2),
     Arm(name="deep-small", model="deep", ffn_share=ACTIVE / EXPERTS),
     _ssd("deep-ssd-eight", model="deep", experts=8, active=2),
 ]

@@ -46,7 +46,9 @@ def form_of(arm: str) -> tuple[str, str]:
         return f"{prefix}moe", f"{prefix}moe"
     if a.ffn_share < 1:
         return f"{prefix}small", f"{prefix}small"
-    sparse = {"ssd-sixteen": "sparse-16", "ssd-eighth": "sparse-eighth"}.get(arm, f"{prefix}sparse")
+    sparse = (
+        f"{prefix}sparse-half" if "half" in arm else f"{prefix}sparse-eight" if "eight" in arm else f"{prefix}sparse"
+    )
     return f"{prefix}dense", sparse
 
 

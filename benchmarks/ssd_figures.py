@@ -88,7 +88,7 @@ def pretrain(data: Data, pace: Data) -> Block:
                 "–" if arm.name == base_of(arm.name) else _ranged(gap_at_equal_seconds(of, arm.name), "+.4f"),
             ]
         )  # fmt: skip
-    reached = _ranged(seconds_to_dense(of, [n for n in ("ssd-080", "ssd", "ssd-125") if n in of]), ".2f")
+    reached = _ranged(seconds_to_dense(of, [n for n in ("ssd-half-early", "ssd-half-120") if n in of]), ".2f")
     r, m = data["recipe"], pace["machine"]
     note = (
         f"{r['steps']} steps of {r['batch_size']}×{r['seq_len']} tokens, {data['runs'][0]['dtype']}; means over seeds"
@@ -164,8 +164,8 @@ def front_chart(of: dict[str, Summary]) -> str:
     """Final loss against seconds: dense runs of several lengths, and every form."""
     lines = {
         "dense": [a for a in of if a == "dense" or a.startswith("dense-")],
-        "SSD": [a for a in ("ssd-080", "ssd", "ssd-125") if a in of],
-        "SSD, MoE mode": [a for a in ("ssd-080", "ssd", "ssd-125") if a in of],
+        "SSD": [a for a in ("ssd-half-early", "ssd-half-120") if a in of],
+        "SSD, MoE mode": [a for a in ("ssd-half-early", "ssd-half-120") if a in of],
         "always sparse": ["always-sparse"],
         "random partition": ["random-partition"],
         "native MoE": ["moe"],

@@ -16,6 +16,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from itertools import count, cycle
+from pathlib import Path
 from typing import Any
 
 import ssd_experiments as experiments
@@ -32,13 +33,14 @@ LONG = 1 << 30
 FORMS = {
     "dense": "dense",
     "sparse": "always-sparse",
-    "sparse-16": "ssd-sixteen",
-    "sparse-eighth": "ssd-eighth",
+    "sparse-half": "ssd-half",
+    "sparse-eight": "ssd-eight",
     "moe": "moe",
     "small": "small",
     "deep-dense": "deep-dense",
     "deep-sparse": "deep-ssd",
-    "deep-moe": "deep-moe",
+    "deep-sparse-half": "deep-ssd-half",
+    "deep-sparse-eight": "deep-ssd-eight",
     "deep-small": "deep-small",
 }
 """What is timed, and the arm whose steps it is."""
@@ -48,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--threads", type=int, default=1, help="as in the runs")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--output", type=Path, default=RESULT)
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     os.chdir(experiments.ROOT)
@@ -77,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     result: dict[str, Any] = {"experiment": "ssd-pace", "command": "python benchmarks/ssd_pace.py"}
     result |= {"machine": machine.describe(), "threads": options.threads, "rounds": options.rounds}
     result |= {"experts": EXPERTS, "active": ACTIVE, "prices_ms": prices, "rows": rows, "settings": SSD_SETTINGS}
-    RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    options.output.write_text(json.dumps(result, indent=1) + "\n")
     for row in rows:
         print(f"{row['form']:<14} {row['step_ms']:8.1f} ms  {row['of_dense']:.3f} of dense")
     for name in looks:
