@@ -79,7 +79,7 @@ def test_views_describe_the_model(family):
             assert parameters[name] is parameter
             assert parameter.shape[dim] == segments * N_CHANNELS
         n_biases = sum(b is not None for b in view.weights()[3:5])
-        assert len(along) == (2 if family in ("phi3", "gpt2", "gpt_neox", "opt") else 3) + n_biases
+        assert len(along) == (2 if family in ("phi3", "gpt2", "gpt_neox", "opt", "arcee") else 3) + n_biases
     for linear in found.linears:
         assert linear.weight().shape == (linear.n_out, linear.n_in)
         assert f"{linear.name}.weight" in parameters
