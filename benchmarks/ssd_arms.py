@@ -64,6 +64,7 @@ MAIN = [
     Arm(name="small", ffn_share=ACTIVE / EXPERTS),
     Arm(name="dense-080", steps_scale=0.8),
     _ssd("fixed-partition", schedule="fixed", sparse_share=1.0),
+    _ssd("fixed-partition-120", schedule="fixed", sparse_share=1.0, steps_scale=1.2),
 ]
 DEEP = [
     Arm(name="deep-dense", model="deep"),

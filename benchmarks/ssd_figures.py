@@ -23,6 +23,7 @@ from fallow.report.charts import Axis, Series, line_chart
 COMMANDS = {
     "ssd-bench": "fallow bench ssd --json > benchmarks/results/ssd-bench.json",
     "ssd-pace": "python benchmarks/ssd_pace.py",
+    "ssd-pace-no-amx": "ONEDNN_MAX_CPU_ISA=AVX512_CORE python benchmarks/ssd_pace.py --output …/ssd-pace-no-amx.json",
     "ssd-pretrain": "python benchmarks/ssd_experiments.py main deep ablations --seeds 0 1, then … collate",
     "ssd-export": "python benchmarks/ssd_export.py",
     "ssd-relufy": "python benchmarks/ssd_relufy.py",
@@ -68,34 +69,45 @@ def steps(data: Data) -> Block:
     return f"{markdown_table(head, rows)}\n\n{machine_line(data)}", {}
 
 
-def pretrain(data: Data, pace: Data) -> Block:
-    """Final losses of every arm in both modes, with their seconds."""
-    of = summarise(data, pace)
+def pretrain(data: Data, pace: Data, slow: Data) -> Block:
+    """Final losses of every arm in both modes, with their seconds on a CPU with AMX and on one without."""
+    fast, slower = summarise(data, pace), summarise(data, slow)
     head = (
-        "arm | seeds | sparse steps | loss, dense mode | of dense | loss, MoE mode | of dense | seconds | of dense"
-        " | gap at equal seconds"
+        "arm | seeds | sparse steps | loss, dense mode | of dense | loss, MoE mode | of dense | seconds | gap at equal"
+        " seconds | seconds, no AMX | gap at equal seconds"
     )
     rows = []
     for arm in (*MAIN, *DEEP):
-        if (s := of.get(arm.name)) is None:
+        if (s := fast.get(arm.name)) is None:
             continue
-        seconds, base = statistics.fmean(s.seconds.values()), statistics.fmean(of[base_of(arm.name)].seconds.values())
-        rows.append(
-            [
-                arm.name, str(len(s.dense)), f"{s.sparse_share:.0%}", _ranged(s.dense.values(), ".4f"),
-                _ranged(gaps(of, arm.name), "+.2%"), _ranged(s.sparse.values(), ".4f"),
-                _ranged(gaps(of, arm.name, "sparse"), "+.2%"), f"{seconds:,.1f}", f"{seconds / base:.2f}×",
-                "–" if arm.name == base_of(arm.name) else _ranged(gap_at_equal_seconds(of, arm.name), "+.4f"),
-            ]
-        )  # fmt: skip
-    reached = _ranged(seconds_to_dense(of, [n for n in ("ssd-half-early", "ssd-half-120") if n in of]), ".2f")
-    r, m = data["recipe"], pace["machine"]
+        cells = [
+            arm.name, str(len(s.dense)), f"{s.sparse_share:.0%}", _ranged(s.dense.values(), ".4f"),
+            _ranged(gaps(fast, arm.name), "+.2%"), _ranged(s.sparse.values(), ".4f"),
+            _ranged(gaps(fast, arm.name, "sparse"), "+.2%"),
+        ]  # fmt: skip
+        for of in (fast, slower):
+            base = of[base_of(arm.name)]
+            cells.append(f"{of[arm.name].mean('seconds') / base.mean('seconds'):.2f}×")
+            gap = [] if arm.name == base_of(arm.name) else gap_at_equal_seconds(of, arm.name)
+            cells.append(_ranged(gap, "+.3f"))
+        rows.append(cells)
+    r = data["recipe"]
+    forms = {
+        "half of the experts": ["ssd-half-early", "ssd-half-120"],
+        "a quarter, one partition": ["fixed-partition", "fixed-partition-120"],
+    }
+    reached = []
+    for name, runs in forms.items():
+        if all(a in fast for a in runs):
+            both = [_ranged(seconds_to_dense(of, runs), ".2f") for of in (fast, slower)]
+            reached.append(f"{name} {both[0]} with AMX, {both[1]} without")
     note = (
         f"{r['steps']} steps of {r['batch_size']}×{r['seq_len']} tokens, {data['runs'][0]['dtype']}; means over seeds"
-        f" [range]. Seconds at the prices of `ssd_pace.py`: {m['cpu']}, {pace['threads']} thread."
-        f" Seconds in which SSD reaches dense's final loss, of dense's: {reached}."
+        f" [range]. Seconds are of dense's at the prices of `ssd_pace.py`, {pace['threads']} thread: bf16 with AMX, and"
+        f" fp32 with AMX turned off. Seconds in which dense's final loss is reached, of dense's: {'; '.join(reached)}."
     )
-    return f"{markdown_table(head, rows)}\n\n{note}", {"ssd-front": front_chart(of)}
+    drawn = {"ssd-front": front_chart(fast), "ssd-front-no-amx": front_chart(slower)}
+    return f"{markdown_table(head, rows)}\n\n{note}", drawn
 
 
 def ablations(data: Data, pace: Data) -> Block:
@@ -119,17 +131,20 @@ def ablations(data: Data, pace: Data) -> Block:
     return markdown_table(head, rows), {}
 
 
-def pace(data: Data) -> Block:
+def pace(data: Data, slow: Data) -> Block:
     """Prices of the experiments' steps."""
-    head = "form | step ms | of dense | quartiles"
-    rows = [
-        [r["form"], f"{r['step_ms']:.1f}", f"{r['of_dense']:.2f}×", "–".join(f"{q:.2f}" for q in r["quartiles"])]
-        for r in data["rows"]
-    ]
-    rows += [
-        [n, f"{ms:.1f}", "", ""] for n, ms in data["prices_ms"].items() if n.endswith(("observation", "partition"))
-    ]
-    return f"{markdown_table(head, rows)}\n\n{machine_line(data | {'machine': data['machine']})}", {}
+    head = "form | step ms, bf16 with AMX | of dense | quartiles | step ms, fp32 without | of dense | quartiles"
+    rows = []
+    for pair in zip(data["rows"], slow["rows"], strict=True):
+        cells = [pair[0]["form"]]
+        for r in pair:
+            quartiles = "–".join(f"{q:.2f}" for q in r["quartiles"])
+            cells += [f"{r['step_ms']:.0f}", f"{r['of_dense']:.2f}×", quartiles]
+        rows.append(cells)
+    for name, ms in data["prices_ms"].items():
+        if name.endswith(("observation", "partition")):
+            rows.append([name, f"{ms:.0f}", "", "", f"{slow['prices_ms'][name]:.0f}", "", ""])
+    return f"{markdown_table(head, rows)}\n\n{machine_line(data)}", {}
 
 
 def export(data: Data) -> Block:
@@ -162,12 +177,14 @@ def relufy(data: Data) -> Block:
 
 def front_chart(of: dict[str, Summary]) -> str:
     """Final loss against seconds: dense runs of several lengths, and every form."""
+    half = [a for a in ("ssd-half-early", "ssd-half-120") if a in of]
     lines = {
         "dense": [a for a in of if a == "dense" or a.startswith("dense-")],
-        "SSD": [a for a in ("ssd-half-early", "ssd-half-120") if a in of],
-        "SSD, MoE mode": [a for a in ("ssd-half-early", "ssd-half-120") if a in of],
-        "always sparse": ["always-sparse"],
-        "random partition": ["random-partition"],
+        "SSD, half of the experts": half,
+        "SSD, a quarter": ["ssd"],
+        "one partition, a quarter": [a for a in ("fixed-partition", "fixed-partition-120") if a in of],
+        "always sparse, MoE mode": ["always-sparse"],
+        "random experts": ["random-partition"],
         "native MoE": ["moe"],
         "small dense": ["small"],
     }
@@ -195,9 +212,9 @@ def _ranged(values: Any, form: str) -> str:
 TABLES = [
     ("ffn", ("ssd-bench",), ffn),
     ("steps", ("ssd-bench",), steps),
-    ("pretrain", ("ssd-pretrain", "ssd-pace"), pretrain),
+    ("pretrain", ("ssd-pretrain", "ssd-pace", "ssd-pace-no-amx"), pretrain),
     ("ablations", ("ssd-pretrain", "ssd-pace"), ablations),
-    ("pace", ("ssd-pace",), pace),
+    ("pace", ("ssd-pace", "ssd-pace-no-amx"), pace),
     ("export", ("ssd-export",), export),
     ("relufy", ("ssd-relufy",), relufy),
 ]
