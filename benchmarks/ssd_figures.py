@@ -128,6 +128,8 @@ def ablations(data: Data, pace: Data) -> Block:
                 _ranged(s.sparse.values(), ".4f"), _ranged(sparse, "+.4f"), f"{seconds:.2f}×",
             ]
         )  # fmt: skip
+    if not rows:
+        return "Ablations were not run yet: `python benchmarks/ssd_experiments.py ablations --seeds 0 1`.", {}
     return markdown_table(head, rows), {}
 
 
