@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         batch_size=4,
         seq_len=512,
         lr=options.lr,
-        eval_tokens=16384,
+        eval_tokens=8192,
     )
     rows = [row for relu in (False, True) for row in arm(recipe, relu=relu)]
     result = {"experiment": "ssd-relufy", "command": "python benchmarks/ssd_relufy.py"}
