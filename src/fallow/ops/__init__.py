@@ -4,9 +4,19 @@ from __future__ import annotations
 
 from importlib import import_module
 
-_OPS = ("subset_ffn", "subset_linear", "attention", "cross_entropy", "adamw", "packed", "block_linear", "expert_ffn")
+_OPS = (
+    "subset_ffn",
+    "subset_linear",
+    "attention",
+    "cross_entropy",
+    "adamw",
+    "packed",
+    "block_linear",
+    "expert_ffn",
+    "bank_ffn",
+)
 
-OF_SPARSE_METHODS = frozenset({"subset_ffn", "subset_linear", "packed", "block_linear", "expert_ffn"})
+OF_SPARSE_METHODS = frozenset({"subset_ffn", "subset_linear", "packed", "block_linear", "expert_ffn", "bank_ffn"})
 """Operations that no dense run uses."""
 
 
