@@ -47,6 +47,25 @@ class AdamWTensor(ctypes.Structure):
     )
 
 
+FourAddresses = c_void_p * 4
+
+
+class BankCall(ctypes.Structure):
+    """`fallow::bank::Call`: one call of `bank_ffn`; None where an address does not apply."""
+
+    _fields_ = (
+        *((n, c_void_p) for n in ("x", "y")),
+        *((n, c_int64) for n in ("tokens", "width", "channels", "bank", "keep")),
+        *((n, c_void_p) for n in ("gate", "up", "down", "gate_scale", "up_scale", "down_scale")),
+        ("factors", FourAddresses),
+        ("factor_scales", FourAddresses),
+        *((n, c_int64) for n in ("rank", "groups", "group")),
+        ("tilt", c_void_p),
+        *((n, c_int32) for n in ("x_bf16", "type", "act", "kind", "factor_type", "bits", "smooth", "n_threads")),
+        ("level", c_int32),
+    )
+
+
 _HYPER, _TENSOR, _ADDRESS = POINTER(AdamWHyper), POINTER(AdamWTensor), c_void_p
 _CE_COMMON = (_ADDRESS, c_int, c_int64, c_int64, c_int64, _ADDRESS, c_int64, _ADDRESS)
 _SIGNATURES: dict[str, tuple[object, ...]] = {
@@ -63,6 +82,8 @@ _SIGNATURES: dict[str, tuple[object, ...]] = {
     "fallow_expert_hidden": (*[_ADDRESS] * 3, c_int64, *[c_int] * 3),
     "fallow_expert_hidden_backward": (*[_ADDRESS] * 6, c_int64, c_int64, *[c_int] * 3),
     "fallow_expert_combine": (*[_ADDRESS] * 4, *[c_int64] * 3, c_int, c_int),
+    "fallow_bank_ffn": (POINTER(BankCall),),
+    "fallow_bank_mask": (_ADDRESS, _ADDRESS, *[c_int64] * 4, *[c_int] * 3),
     "fallow_cross_entropy_forward": (*_CE_COMMON, _ADDRESS, c_int),
     "fallow_cross_entropy_backward": (*_CE_COMMON, c_float, _ADDRESS, c_int),
 }

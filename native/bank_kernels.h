@@ -1,0 +1,279 @@
+// The loops of `bank_ffn`, for whichever lanes were included before; included once per instruction set, inside a namespace of its own.
+// Nothing from the standard library: what it instantiates here could be linked into code for other CPUs.
+#include "bank_rows.h"
+
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// First lines of a row and of each page in it. Hardware follows a row by itself but not across pages; asking for whole rows ahead
+// is slower (12.4 of 14.7 GB/s), as such requests wait in the few buffers of the first-level cache.
+inline void start(const void* row, int64_t bytes) {
+  const char *p = static_cast<const char*>(row), *end = p + bytes;
+  while (p < end) {
+    __builtin_prefetch(p, 0, 2);
+    __builtin_prefetch(p + 64, 0, 2);
+    p += 4096 - (reinterpret_cast<uintptr_t>(p) & 4095);
+  }
+}
+
+inline float activate(int act, float z) {
+  switch (act) {
+    case kSilu: return Silu::value<kFma>(z);
+    case kGelu: return Gelu::value<kFma>(z);
+    case kGeluTanh: return GeluTanh::value<kFma>(z);
+    case kRelu: return Relu::value<kFma>(z);
+    default: return Relu2::value<kFma>(z);
+  }
+}
+
+// ---- inputs
+
+// What makes the scale of a group with NaN or infinities NaN, where a largest entry alone would lose them.
+inline float largest(const float* x, int64_t n) {
+  float most = 0.0f, poison = 0.0f;
+  for (int64_t i = 0; i < n; ++i) {
+    const float a = x[i] < 0.0f ? -x[i] : x[i];
+    most = a > most ? a : most;
+    poison += x[i] * 0.0f;
+  }
+  return most + poison;
+}
+
+inline float to_even(float a) {
+  constexpr float kShift = 12582912.0f;  // 1.5 * 2^23
+  return (a + kShift) - kShift;
+}
+
+inline void prepare(int type, const float* x, int64_t width, int64_t tokens, const Inputs& to) {
+  for (int64_t t = 0; t < tokens; ++t, x += width) {
+    if (type == kInt8) {
+      int16_t* out = static_cast<int16_t*>(to.data) + t * to.stride;
+      for (int64_t s = 0; s * kSpan < width; ++s) {
+        const int64_t begin = s * kSpan, n = least(kSpan, width - begin);
+        const float scale = largest(x + begin, n) * (1.0f / 32767.0f), inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
+        to.scale[t * to.spans + s] = scale;
+        for (int64_t i = 0; i < n; ++i) {
+          const float a = x[begin + i] * inverse;
+          out[begin + i] = int16_t(to_even(a > 32767.0f ? 32767.0f : a < -32767.0f ? -32767.0f : a));
+        }
+      }
+      __builtin_memset(out + width, 0, size_t(to.stride - width) * sizeof(int16_t));
+      continue;
+    }
+    float* out = static_cast<float*>(to.data) + t * to.stride;
+    if (type == kFloat) {
+      __builtin_memcpy(out, x, size_t(width) * sizeof(float));
+      __builtin_memset(out + width, 0, size_t(to.stride - width) * sizeof(float));
+      continue;
+    }
+    for (int64_t b = 0; b < to.stride; b += 2 * W)
+      for (int64_t i = 0; i < 2 * W; ++i) out[b + i % 2 * W + i / 2] = b + i < width ? x[b + i] : 0.0f;
+  }
+}
+
+inline void round(const float* x, int64_t width, int64_t tokens, const Codes& c, const CodedInputs& to) {
+  const float zero_point = float((1 << c.bits) - 1) / 2;
+  for (int64_t t = 0; t < tokens; ++t, x += width)
+    for (int64_t g = 0; g < c.groups; ++g) {
+      const int64_t begin = g * c.group, n = least(c.group, width - begin);
+      int8_t* out = to.bytes + (t * c.groups + g) * c.group;
+      const float scale = largest(x + begin, n) / 127.0f, inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
+      int32_t total = 0;
+      for (int64_t i = 0; i < n; ++i) {
+        const float a = to_even(x[begin + i] * inverse);
+        out[i] = int8_t(a > 127.0f ? 127.0f : a < -127.0f ? -127.0f : a);
+        total += out[i];
+      }
+      __builtin_memset(out + n, 0, size_t(c.group - n));
+      to.scale[t * c.groups + g] = scale;
+      to.offset[t * c.groups + g] = -zero_point * scale * float(total);
+    }
+}
+
+// ---- scores
+
+template <class R, int M, int N>
+inline void dots_block(const typename R::T* first, int64_t width, const Inputs& x, int64_t t, float* out, int64_t out_stride) {
+  const typename R::T* rows[M];
+  const typename R::Input* inputs[N];
+  const float* scale[N];
+  typename R::Sum sums[M][N];
+  for (int m = 0; m < M; ++m) rows[m] = first + m * width;
+  for (int n = 0; n < N; ++n) {
+    inputs[n] = static_cast<const typename R::Input*>(x.data) + (t + n) * x.stride;
+    scale[n] = x.scale + (t + n) * x.spans;
+  }
+  dot_block<R, M, N>(rows, inputs, scale, width, sums);
+  for (int m = 0; m < M; ++m)
+    for (int n = 0; n < N; ++n) out[(t + n) * out_stride + m] = sum(sums[m][n].total);
+}
+
+template <class R, int M>
+inline void dots_rows(const typename R::T* first, int64_t width, const Inputs& x, int64_t tokens, float* out, int64_t out_stride) {
+  int64_t t = 0;
+  for (; t + 4 <= tokens; t += 4) dots_block<R, M, 4>(first, width, x, t, out, out_stride);
+  for (; t + 2 <= tokens; t += 2) dots_block<R, M, 2>(first, width, x, t, out, out_stride);
+  if (t < tokens) dots_block<R, M, 1>(first, width, x, t, out, out_stride);
+}
+
+template <class R>
+inline void dots_of(const Rows& rows, int64_t first, int64_t count, const Inputs& x, int64_t tokens, float* out, int64_t out_stride) {
+  const auto* data = static_cast<const typename R::T*>(rows.data) + first * rows.width;
+  int64_t r = 0;
+  for (; r + 4 <= count; r += 4) dots_rows<R, 4>(data + r * rows.width, rows.width, x, tokens, out + r, out_stride);
+  for (; r < count; ++r) dots_rows<R, 1>(data + r * rows.width, rows.width, x, tokens, out + r, out_stride);
+  if (rows.scale)
+    for (int64_t t = 0; t < tokens; ++t)
+      for (r = 0; r < count; ++r) out[t * out_stride + r] *= rows.scale[first + r];
+}
+
+inline void dots(const Rows& rows, int64_t first, int64_t count, const Inputs& x, int64_t tokens, float* out, int64_t out_stride) {
+  if (rows.type == kBf16) dots_of<Bf16Row>(rows, first, count, x, tokens, out, out_stride);
+  else if (rows.type == kInt8) dots_of<Int8Row>(rows, first, count, x, tokens, out, out_stride);
+  else dots_of<FloatRow>(rows, first, count, x, tokens, out, out_stride);
+}
+
+template <int kBits, int N>
+inline void coded_block(const Codes& c, int64_t block, const CodedInputs& x, int64_t t, float* const* out, int64_t out_stride) {
+  const int64_t bytes = 2 * c.group * kBits, stride = c.groups * c.group;
+  const uint8_t* codes = c.codes + block * c.groups * 2 * bytes;
+  const bf16* scales = c.scales + block * c.groups * 32;
+  constexpr int kParts = 16 / W;
+  F total[2][N][kParts];
+  for (int m = 0; m < 2; ++m)
+    for (int n = 0; n < N; ++n)
+      for (int p = 0; p < kParts; ++p) total[m][n][p] = zero();
+  for (int64_t g = 0; g < c.groups; ++g)
+    for (int m = 0; m < 2; ++m, codes += bytes, scales += 16) {
+      F sums[N][kParts];
+      code_sums<kBits, N>(codes, c.group, x.bytes + t * stride + g * c.group, stride, sums);
+      for (int n = 0; n < N; ++n) {
+        const int64_t at = (t + n) * c.groups + g;
+        const F scale = set1(x.scale[at]), offset = set1(x.offset[at]);
+        for (int p = 0; p < kParts; ++p) total[m][n][p] = fma(fma(sums[n][p], scale, offset), widen(scales + p * W), total[m][n][p]);
+      }
+    }
+  for (int m = 0; m < 2; ++m)
+    for (int n = 0; n < N; ++n)
+      for (int p = 0; p < kParts; ++p) store(out[m] + (t + n) * out_stride + p * W, total[m][n][p]);
+}
+
+template <int kBits>
+inline void coded_blocks(const Codes& c, int64_t first, int64_t blocks, const CodedInputs& x, int64_t tokens, float* gate, float* up,
+                         int64_t out_stride) {
+  for (int64_t b = 0; b < blocks; ++b) {
+    float* out[2] = {gate + 16 * b, up + 16 * b};
+    int64_t t = 0;
+    for (; t + 4 <= tokens; t += 4) coded_block<kBits, 4>(c, first + b, x, t, out, out_stride);
+    for (; t + 2 <= tokens; t += 2) coded_block<kBits, 2>(c, first + b, x, t, out, out_stride);
+    if (t < tokens) coded_block<kBits, 1>(c, first + b, x, t, out, out_stride);
+  }
+}
+
+inline void coded_dots(const Codes& c, int64_t first, int64_t blocks, const CodedInputs& x, int64_t tokens, float* gate, float* up,
+                       int64_t out_stride) {
+  if (c.bits == 4) coded_blocks<4>(c, first, blocks, x, tokens, gate, up, out_stride);
+  else coded_blocks<2>(c, first, blocks, x, tokens, gate, up, out_stride);
+}
+
+template <class A>
+inline void magnitude_of(float* gate, const float* up, const float* tilt, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    const float h = A::template value<kFma>(gate[i]) * up[i];
+    gate[i] = h < 0.0f ? -h : h;
+  }
+  if (tilt)
+    for (int64_t i = 0; i < n; ++i) gate[i] *= tilt[i];
+}
+
+inline void magnitude(int act, float* gate, const float* up, const float* tilt, int64_t n) {
+  if (!up) {
+    if (tilt)
+      for (int64_t i = 0; i < n; ++i) gate[i] += tilt[i];
+    return;
+  }
+  switch (act) {
+    case kSilu: return magnitude_of<Silu>(gate, up, tilt, n);
+    case kGelu: return magnitude_of<Gelu>(gate, up, tilt, n);
+    case kGeluTanh: return magnitude_of<GeluTanh>(gate, up, tilt, n);
+    case kRelu: return magnitude_of<Relu>(gate, up, tilt, n);
+    default: return magnitude_of<Relu2>(gate, up, tilt, n);
+  }
+}
+
+inline void sigmoid2(const float* s, float* out, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) out[i] = 2.0f * sigmoid<kFma>(s[i]);
+}
+
+// ---- the best of a bank
+
+// Floats as whole numbers of the same order; both zeros are one, NaN is minus infinity. Padded to whole vectors with less than any.
+inline void make_keys(const float* s, int64_t bank, int32_t* keys) {
+  constexpr int32_t kMinusInfinity = int32_t(0xff800000u) ^ 0x7fffffff;
+  for (int64_t i = 0; i < bank; ++i) {
+    const float a = s[i] + 0.0f;
+    int32_t bits;
+    __builtin_memcpy(&bits, &a, 4);
+    bits ^= (bits >> 31) & 0x7fffffff;
+    keys[i] = a == a ? bits : kMinusInfinity;
+  }
+  for (int64_t i = bank; i % 16; ++i) keys[i] = INT32_MIN;
+}
+
+inline int64_t count_above(const int32_t* keys, int64_t bank, int32_t t) {
+  int64_t n = 0;
+  for (int64_t i = 0; i < bank; i += W) n += __builtin_popcount(above(keys + i, t));
+  return n;
+}
+
+struct Cut {
+  int32_t threshold;  // what is above it lives
+  int64_t ties;       // and so many that equal it, the first ones
+};
+
+// By halving the range of keys until exactly `keep` are above: about ten counts for scores that differ.
+inline Cut cut(const int32_t* keys, int64_t bank, int64_t keep) {
+  int32_t most = INT32_MIN, smallest = INT32_MAX;
+  for (int64_t i = 0; i < bank; ++i) {
+    most = keys[i] > most ? keys[i] : most;
+    smallest = keys[i] < smallest ? keys[i] : smallest;
+  }
+  int64_t low = int64_t(smallest) - 1, high = most, above_high = 0;  // more than `keep` above low (or all), fewer above high
+  if (keep >= bank) return {int32_t(low), 0};
+  while (high - low > 1) {
+    const int64_t middle = low + (high - low) / 2, n = count_above(keys, bank, int32_t(middle));
+    if (n == keep) return {int32_t(middle), 0};
+    if (n > keep) {
+      low = middle;
+    } else {
+      high = middle;
+      above_high = n;
+    }
+  }
+  return {int32_t(high), keep - above_high};
+}
+
+inline void select(const float* s, int64_t bank, int64_t keep, int32_t* keys, uint16_t* places) {
+  make_keys(s, bank, keys);
+  Cut c = cut(keys, bank, keep);
+  for (int64_t i = 0; i < bank; i += W) {
+    uint32_t bits = above(keys + i, c.threshold);
+    if (c.ties) {
+      for (uint32_t equal = above(keys + i, c.threshold - 1) & ~bits; equal && c.ties; equal &= equal - 1, --c.ties)
+        bits |= equal & (0u - equal);
+    }
+    for (; bits; bits &= bits - 1) *places++ = uint16_t(i + __builtin_ctz(bits));
+  }
+}
+
+inline void mask(const float* s, int64_t banks, int64_t bank, int64_t keep, uint8_t* out) {
+  int32_t keys[kMostBank + 16];
+  for (int64_t b = 0; b < banks; ++b, s += bank, out += bank) {
+    make_keys(s, bank, keys);
+    Cut c = cut(keys, bank, keep);
+    for (int64_t i = 0; i < bank; ++i) out[i] = keys[i] > c.threshold;
+    for (int64_t i = 0; c.ties; ++i)
+      if (keys[i] == c.threshold) out[i] = 1, --c.ties;
+  }
+}
+
+#include "bank_living.h"

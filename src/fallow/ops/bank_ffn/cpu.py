@@ -1,0 +1,155 @@
+"""`bank_ffn` on CPUs for up to 8 tokens: native/bank.cpp, one parallel region from the predictor to y.
+
+It is bound by memory, so what counts is that only living rows are read, that enough of them come side by side, and that
+the threads are PyTorch's own, which are awake while a model decodes. AVX-512 (with VNNI where there is), AVX2 or plain
+C++, chosen at run time.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fallow.ops import native
+from fallow.ops.activation import ACTIVATIONS
+from fallow.ops.bank_ffn.select import KINDS, Int8Rows, Predictor, Weight, tensor_of
+
+name = "cpu"
+
+MOST_TOKENS, MOST_BANK = 8, 1024
+_ANY = -1
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+_KINDS = {kind: i for i, kind in enumerate(("linear", "bilinear", "quantized", "scores"))}
+_ACTS = {act: i for i, act in enumerate(ACTIVATIONS)}
+assert tuple(_KINDS) == KINDS
+
+
+@torch.compiler.assume_constant_result  # the compiler cannot look into loading a library
+def available() -> tuple[bool, str]:
+    """Whether the compiled kernels are there, and why not."""
+    return native.available()
+
+
+def usable(x_TD: Tensor, predictor: Predictor, w_up_FD: Weight, bank: int) -> tuple[bool, str]:
+    """Whether these arguments can be served here, and why not."""
+    if x_TD.device.type != "cpu":
+        return False, f"x is on {x_TD.device}"
+    if x_TD.dtype not in (torch.bfloat16, torch.float32):
+        return False, f"{x_TD.dtype}; served are bfloat16 and float32"
+    if x_TD.shape[0] > MOST_TOKENS:
+        return False, f"{x_TD.shape[0]} tokens; up to {MOST_TOKENS} are served"
+    if bank > MOST_BANK:
+        return False, f"banks of {bank}; up to {MOST_BANK} are served"
+    if predictor.kind in ("linear", "bilinear") and predictor.tensors[0].dtype not in _TYPES:
+        return False, f"factors in {predictor.tensors[0].dtype}; served are float32, bfloat16 and int8"
+    return True, "reads living rows only"
+
+
+def mask_usable(scores_TF: Tensor, bank: int) -> tuple[bool, str]:
+    """Whether `bank_mask` can be served here, and why not."""
+    if scores_TF.device.type != "cpu":
+        return False, f"scores are on {scores_TF.device}"
+    if scores_TF.dtype not in (torch.bfloat16, torch.float32):
+        return False, f"{scores_TF.dtype}; served are bfloat16 and float32"
+    if bank > MOST_BANK:
+        return False, f"banks of {bank}; up to {MOST_BANK} are served"
+    return True, "counts in vectors"
+
+
+def bank_mask(scores_TF: Tensor, *, bank: int, keep: int, level: int = _ANY) -> Tensor:
+    """As `fallow.ops.bank_ffn.bank_mask`. `level` 0 to 3 asks for plain C++, AVX2, AVX-512 or AVX-512 with VNNI, as far
+    as this CPU has it."""
+    scores_TF = scores_TF.contiguous()
+    T, F = scores_TF.shape
+    out_TF = torch.empty(T, F, dtype=torch.bool)
+    threads = torch.get_num_threads() if T * F >= _MASK_ALONE else 1
+    native.library().fallow_bank_mask(
+        scores_TF.data_ptr(),
+        out_TF.data_ptr(),
+        T,
+        F // bank,
+        bank,
+        keep,
+        scores_TF.dtype == torch.bfloat16,
+        threads,
+        level,
+    )
+    return out_TF
+
+
+_MASK_ALONE = 1 << 14
+"""Scores up to which one thread is as fast as several."""
+
+
+def bank_ffn(
+    x_TD: Tensor,
+    predictor: Predictor,
+    w_gate_FD: Weight,
+    w_up_FD: Weight,
+    w_down_FD: Weight,
+    *,
+    act: str,
+    bank: int,
+    keep: int,
+    level: int = _ANY,
+) -> Tensor:
+    """Arguments as `fallow.ops.bank_ffn.bank_ffn`, x as [T, D]; `level` as in `bank_mask`."""
+    x_TD = x_TD.contiguous()
+    T, D = x_TD.shape
+    y_TD = torch.empty_like(x_TD)
+    if T == 0:
+        return y_TD
+    kind, tensors, tilt_F, gate = predictor
+    held: list[Tensor] = []  # copies made here must outlive the call
+
+    def address(t: Tensor) -> int:
+        if not t.is_contiguous():
+            t = t.contiguous()
+            held.append(t)
+        return t.data_ptr()
+
+    weights = (w_gate_FD, w_up_FD, w_down_FD)
+    codes = [address(tensor_of(w)) for w in weights]
+    scales = [address(w.scale_F.float()) if isinstance(w, Int8Rows) else None for w in weights]
+    factors, factor_scales, rank, groups, group, bits, factor_type = [], [], 0, 0, 0, 0, 0
+    if kind == "quantized":
+        _, groups, _, bits, group = tensors[0].shape
+        group //= 2
+    elif kind == "scores":
+        tensors = (tensors[0].float(),)
+        held.append(tensors[0])
+    else:
+        rank, factor_type = tensors[0].shape[0], _TYPES[tensors[0].dtype]
+    if factor_type == _TYPES[torch.int8]:
+        factors, factor_scales = ([address(t) for t in part] for part in (tensors[::2], tensors[1::2]))
+    else:
+        factors = [address(t) for t in tensors]
+    four = native.FourAddresses
+    call = native.BankCall(
+        x_TD.data_ptr(),
+        y_TD.data_ptr(),
+        T,
+        D,
+        tensor_of(w_up_FD).shape[0],
+        bank,
+        keep,
+        *codes,
+        *scales,
+        four(*factors),
+        four(*factor_scales),
+        rank,
+        groups,
+        group,
+        None if tilt_F is None else address(tilt_F),
+        x_TD.dtype == torch.bfloat16,
+        _TYPES[tensor_of(w_up_FD).dtype],
+        _ACTS[act],
+        _KINDS[kind],
+        factor_type,
+        bits,
+        gate == "smooth",
+        torch.get_num_threads(),
+        level,
+    )
+    native.library().fallow_bank_ffn(call)
+    return y_TD
