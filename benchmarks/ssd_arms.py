@@ -15,8 +15,16 @@ EXPERTS, ACTIVE = 16, 4
 MODELS: dict[str, dict[str, int]] = {
     "wide": {},
     "deep": {"intermediate_size": 1024, "num_hidden_layers": 5},
+    "broad": {
+        "hidden_size": 384,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 6,
+    },
 }
-"""What differs from the recipe's architecture: FFNs of 8 and of 4 times the width; 8.4M and 6.3M weights."""
+"""What differs from the recipe's architecture: FFNs of 8, of 4 and again of 8 times the width; 8.4M, 6.3M and 9.8M
+weights."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +54,8 @@ SSD_SETTINGS: dict[str, Any] = {
     "end_share": 0.15,
     "max_gap": 0.3,
 }
+ONCE: dict[str, Any] = {"schedule": "fixed", "sparse_share": 1.0}
+FEWER: dict[str, Any] = {"experts": 8, "active": 2}
 
 
 def _ssd(name: str, model: str = "wide", steps_scale: float = 1.0, **settings: Any) -> Arm:
@@ -63,15 +73,21 @@ MAIN = [
     Arm(name="moe", native_moe=True),
     Arm(name="small", ffn_share=ACTIVE / EXPERTS),
     Arm(name="dense-080", steps_scale=0.8),
-    _ssd("fixed-partition", schedule="fixed", sparse_share=1.0),
-    _ssd("fixed-partition-120", schedule="fixed", sparse_share=1.0, steps_scale=1.2),
+    _ssd("fixed-partition", **ONCE),
+    _ssd("fixed-partition-120", steps_scale=1.2, **ONCE),
 ]
+BROAD = [
+    _ssd("fixed-eight-120", steps_scale=1.2, **FEWER, **ONCE),
+    Arm(name="broad-dense", model="broad"),
+    _ssd("broad-fixed-eight-120", model="broad", steps_scale=1.2, **FEWER, **ONCE),
+]
+"""Fewer, fatter experts, whose GEMMs are large enough for AMX, on the widest model of the size."""
 DEEP = [
     Arm(name="deep-dense", model="deep"),
     _ssd("deep-ssd", model="deep"),
     _ssd("deep-ssd-half", model="deep", active=EXPERTS // 2),
     Arm(name="deep-small", model="deep", ffn_share=ACTIVE / EXPERTS),
-    _ssd("deep-ssd-eight", model="deep", experts=8, active=2),
+    _ssd("deep-ssd-eight", model="deep", **FEWER),
 ]
 ABLATIONS = [
     _ssd("ssd-end30", end_share=0.3),
@@ -79,8 +95,8 @@ ABLATIONS = [
     _ssd("ssd-early", similarity=0.4),
     _ssd("ssd-dense-end", end="dense"),
     _ssd("ssd-router-fixed", router_lr=0.0),
-    _ssd("ssd-eight", experts=8, active=2),
+    _ssd("ssd-eight", **FEWER),
     Arm(name="small-long", ffn_share=ACTIVE / EXPERTS, steps_scale=1.5),
 ]
-ARMS = {arm.name: arm for arm in (*MAIN, *DEEP, *ABLATIONS)}
-SETS: dict[str, list[Arm]] = {"main": MAIN, "deep": DEEP, "ablations": ABLATIONS}
+ARMS = {arm.name: arm for arm in (*MAIN, *BROAD, *DEEP, *ABLATIONS)}
+SETS: dict[str, list[Arm]] = {"main": MAIN, "broad": BROAD, "deep": DEEP, "ablations": ABLATIONS}

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from fallow.methods.sat import SAT as SAT
     from fallow.methods.smet import SMET as SMET
     from fallow.methods.ssd import SSD as SSD
+    from fallow.methods.upcycle import Upcycle as Upcycle
     from fallow.training.callback import SparsityCallback as SparsityCallback
 
 __version__ = "0.1.0"
@@ -22,13 +23,25 @@ _HOMES = {
     "SAT": "fallow.methods.sat",
     "SMET": "fallow.methods.smet",
     "SSD": "fallow.methods.ssd",
+    "Upcycle": "fallow.methods.upcycle",
     "SparsityCallback": "fallow.training.callback",
     "export": "fallow.exporting",
     "load_packed": "fallow.exporting.packed",
     "sparsify": "fallow.handle",
 }
 
-__all__ = ["SAT", "SMET", "SSD", "FallowError", "SparsityCallback", "__version__", "export", "load_packed", "sparsify"]
+__all__ = [
+    "SAT",
+    "SMET",
+    "SSD",
+    "FallowError",
+    "SparsityCallback",
+    "Upcycle",
+    "__version__",
+    "export",
+    "load_packed",
+    "sparsify",
+]
 
 
 def __getattr__(name: str) -> object:

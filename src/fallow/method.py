@@ -6,7 +6,7 @@ A trainer needs nothing but this file. A new method is one subclass of `Method` 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -26,6 +26,8 @@ class Method(ABC):
     two_modes: ClassVar[bool] = False
     """Whether the trained weights may be served sparse: held-out loss is then taken in both modes, and the method's
     state is kept beside the trained model."""
+    sparse_from_start: ClassVar[bool] = False
+    """Whether that holds before training too."""
 
     def __init__(self, model: PreTrainedModel, config: Any) -> None:
         self.model = model
@@ -84,6 +86,11 @@ class Method(ABC):
 
     def watch(self, batch: dict[str, torch.Tensor]) -> None:  # noqa: B027  most methods look at no batch of their own
         """A fixed held-out batch (what the model takes, labels included) that the method may run when it likes."""
+
+    def prepare(self, batches: Iterable[dict[str, torch.Tensor]]) -> Iterator[dict[str, Any]]:
+        """What the method trains by itself before the run, on as many of these batches as it asks for; yields records
+        of its progress, as JSON holds them. Not called when a run resumes: it is in the state."""
+        return iter(())
 
     def advice(self, tokens: int) -> list[str]:
         """One line each, before training on `tokens` a step: what of the config will not pay here, with the number."""

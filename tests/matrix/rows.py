@@ -15,8 +15,9 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from fallow import SAT, SMET, SSD, anatomy
+from fallow import SAT, SMET, SSD, Upcycle, anatomy
 from fallow.method import Method
+from fallow.ops.activation import activation
 
 
 @dataclass(slots=True, frozen=True)
@@ -36,6 +37,8 @@ class Row:
     """Neurons stay where they are; else sums in other orders differ in rounding."""
     per_token: bool = False
     """Every token has its own choice, so no neuron is without gradient; and evaluation is sparse where asked for."""
+    gated_only: bool = False
+    """Two-matrix FFNs are refused."""
     sparse_weights: bool = False
     """Weights are sparse, not the computation: evaluation and both modes see the same model, and what a wrapped model's
     `state_dict()` holds is smaller than the stock one."""
@@ -64,6 +67,8 @@ class Row:
         """What the method chose, layer by layer."""
         if self.sparse_weights:
             return [x.mask() for x in handle.layers]
+        if self.gated_only:
+            return [t.clone() for x in handle.layers for t in (*x.predictor.buffers(), torch.tensor(x.keep))]
         return [x.kept.clone() for x in handle.ffns] if self.same_order else [x.ids.clone() for x in handle.layers]
 
 
@@ -142,6 +147,41 @@ def ssd_reference(handle: Any, stock: nn.Module) -> AbstractContextManager:
     return stack
 
 
+def upcycle_reference(handle: Any, stock: nn.Module) -> AbstractContextManager:
+    """Multipliers on the input of a stock model's down projections, by scores written out here."""
+    stack = ExitStack()
+    for sparse, view in zip(handle.layers, anatomy.inspect(stock).ffns, strict=True):
+        down = stock.get_submodule(view.parameters_along_channels()[-1].name.removesuffix(".weight"))
+        up = stock.get_submodule(view.parameters_along_channels()[0].name.rpartition(".")[0])
+        seen: dict[str, torch.Tensor] = {}
+
+        def note(_module: nn.Module, args: tuple, seen: dict = seen) -> None:
+            seen["x"] = args[0]
+
+        def gate(_module: nn.Module, args: tuple, seen: dict = seen, sparse: Any = sparse, view: Any = view) -> tuple:
+            x, p = seen["x"], sparse.predictor
+            if p.kind == "linear":
+                scores = x @ p.v_RD.detach().t() @ p.u_FR.detach().t() + p.tilt_F
+            else:
+                w = view.weights()
+                halves = [x @ _four_bits(m.detach()).t() for m in (w.w_gate_FD, w.w_up_FD)]
+                scores = (activation(halves[0], view.act) * halves[1]).abs().detach()
+            banked = scores.unflatten(-1, (-1, sparse.bank))
+            live = torch.zeros_like(banked).scatter(-1, banked.topk(sparse.keep).indices, 1.0).flatten(-2)
+            times = live * 2 * scores.sigmoid() if sparse.config.gate == "smooth" else live
+            return (args[0] * times, *args[1:])
+
+        stack.callback(up.register_forward_pre_hook(note).remove)
+        stack.callback(down.register_forward_pre_hook(gate).remove)
+    return stack
+
+
+def _four_bits(w_FD: torch.Tensor) -> torch.Tensor:
+    """16 levels without a zero per row (one group of 32), scales in bf16."""
+    scale = (w_FD.abs().amax(1, keepdim=True) / 7.5).to(torch.bfloat16).float()
+    return ((w_FD / scale + 7.5).round().clamp(0, 15) - 7.5) * scale
+
+
 def smet(**settings: Any) -> Any:
     return SMET(update_every=2, lr_exponent=0, **settings)
 
@@ -217,5 +257,23 @@ ROWS = (
         exact_zero=False,
         same_order=False,
         per_token=True,
+    ),
+    Row(
+        "upcycle",
+        lambda: Upcycle(bank=16, keep=4, predictor="quantized", group=32, gate="hard"),
+        lambda: Upcycle(bank=16, keep=16, predictor="quantized", group=32, gate="hard"),
+        upcycle_reference,
+        exact_zero=False,
+        per_token=True,
+        gated_only=True,
+    ),
+    Row(
+        "upcycle-linear-smooth",
+        lambda: Upcycle(bank=16, keep=2, predictor="linear", rank=8, gate="smooth"),
+        lambda: Upcycle(bank=16, keep=16, predictor="linear", rank=8, gate="hard"),
+        upcycle_reference,
+        exact_zero=False,
+        per_token=True,
+        gated_only=True,
     ),
 )

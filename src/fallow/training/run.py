@@ -205,6 +205,7 @@ class _Run:
         with Stopper(self.display.say) as stopper:
             hooks.stopped = lambda: stopper.requested
             if self.resumed is None:
+                self._prepare(loop)
                 loop.evaluate()
             if stopper.requested:
                 raise KeyboardInterrupt
@@ -223,6 +224,13 @@ class _Run:
         self.display.say(f"done       {result_line(self.record)}")
         self.display.say(f"           {self.folder.path} (the trained model: {self.folder.model})")
         return self.record
+
+    def _prepare(self, loop: trainer.RunMixin) -> None:
+        """The method's own first stage, its progress printed and kept."""
+        for record in loop.prepare():
+            self.folder.append({"kind": "prepare", **record})
+            means = ((k, sum(v) / len(v) if isinstance(v, list) else v) for k, v in record.items())
+            self.display.say("first stage  " + ", ".join(f"{k} {v:,.4g}" for k, v in means))
 
     def _interrupted(self) -> dict[str, Any]:
         self.record |= {"status": "interrupted", "finished": now()}

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,13 @@ class RowOrder(Sampler[int]):
             order = torch.randperm(self.rows, generator=generator).tolist()[:left]
             yield from order
             left, epoch = left - len(order), epoch + 1
+
+
+def batched(numbers: Iterable[int], size: int) -> Iterator[list[int]]:
+    """Lists of `size` numbers."""
+    stream = iter(numbers)
+    while found := list(islice(stream, size)):
+        yield found
 
 
 def collate(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -126,9 +134,9 @@ class RunMixin(Trainer):
             self.hooks.on_log(logs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Dense held-out loss in nats per token as `eval_loss`; empty when Ctrl-C ended it. After the last step also
-        the loss computed sparse, of a method whose weights may be served so."""
-        both = self.sparsity is not None and self.sparsity.two_modes and self.state.global_step >= self.recipe.steps
+        """Dense held-out loss in nats per token as `eval_loss`; empty when Ctrl-C ended it. Also the loss computed
+        sparse, of a method whose weights may be served so."""
+        both = self._both_modes()
         with self.meters.phase("evaluation"):
             found = self._heldout("dense")
             sparse = self._heldout("sparse") if both and found is not None else None
@@ -140,6 +148,24 @@ class RunMixin(Trainer):
         metrics = {"eval_loss": found}
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _both_modes(self) -> bool:
+        """Whether held-out loss is taken computed sparse as well: at the end, or wherever the method can serve."""
+        if self.sparsity is None or not self.sparsity.two_modes:
+            return False
+        return self.sparsity.sparse_from_start or self.state.global_step >= self.recipe.steps
+
+    def prepare(self) -> Iterator[dict[str, Any]]:
+        """What the method trains by itself before the first step, on the training rows in an order of their own."""
+        if self.sparsity is None:
+            return
+        rows: Any = self.train_dataset
+        order = RowOrder(rows=len(rows), count=1 << 40, seed=self.recipe.seed + 7919)
+        with self.meters.phase("selection"):
+            yield from self.sparsity.prepare(
+                {k: v.to(self.args.device) for k, v in collate([rows[i] for i in numbers]).items()}
+                for numbers in batched(order, self.recipe.batch_size)
+            )
 
     def _heldout(self, mode: Mode) -> float | None:
         assert isinstance(self.model, PreTrainedModel)

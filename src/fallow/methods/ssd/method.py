@@ -19,14 +19,14 @@ from transformers import PreTrainedModel
 from fallow import anatomy
 from fallow.errors import CheckpointError, ConfigError
 from fallow.method import Method, Mode
+from fallow.methods.ranks import agreed, any_rank, mean_over_ranks
 from fallow.methods.ssd import monitor, switching
 from fallow.methods.ssd.config import SSD
 from fallow.methods.ssd.layers import ExpertFFN, check
 from fallow.methods.ssd.partitioning import Plan, fit_router, generator, plan_layer
 from fallow.methods.ssd.payoff import payoff
 from fallow.methods.ssd.permuting import permute
-from fallow.methods.ssd.ranks import agreed, any_rank, mean_over_ranks
-from fallow.methods.ssd.watching import Watch
+from fallow.methods.ssd.watching import ExpertWatch
 from fallow.ops.activation import RELUS
 from fallow.optim import AdamW, LazyRows, decay_groups
 from fallow.shards import reshard
@@ -53,7 +53,7 @@ class SSDMethod(Method):
             monitor.Patterns(monitor.sampled_neurons(layer.view.n_channels, generator(config.seed, 0, n, salt=9)))
             for n, layer in enumerate(self.layers)
         ]
-        self.watched = Watch(model, self.layers)
+        self.watched = ExpertWatch(model, self.layers)
         self._asked = False
         self._sparse_step = False
         self._optimizer: AdamW | None = None
@@ -131,7 +131,9 @@ class SSDMethod(Method):
         if self.watched.batch is None:
             return [plan_layer(self.config, layer, n, step, None) for n, layer in enumerate(self.layers)]
         plans: list[Plan] = []
-        self.watched.look(observer=lambda layer, x: plans.append(plan_layer(self.config, layer, len(plans), step, x)))
+        self.watched.pass_over(
+            observer=lambda layer, x: plans.append(plan_layer(self.config, layer, len(plans), step, x))
+        )
         return plans
 
     def partition(self, step: int) -> None:
@@ -153,7 +155,7 @@ class SSDMethod(Method):
         if self.watched.batch is None:
             return
         found: list[Tensor] = []
-        self.watched.look(observer=lambda layer, x: found.append(fit_router(self.config, layer, x)))
+        self.watched.pass_over(observer=lambda layer, x: found.append(fit_router(self.config, layer, x)))
         for layer, router_ED in zip(self.layers, found, strict=True):
             layer.refit(agreed(router_ED))
 

@@ -1,0 +1,179 @@
+"""`GatedFFN`: one FFN of the model, computed whole or by the channels that its predictor keeps in every bank.
+
+It stands in the FFN's place and owns no weight of it. With gradients the GEMMs are dense and the mask is applied to
+their result: what is trained is what will be served, and nothing is saved; a few tokens without gradients are the op
+`bank_ffn`, which reads only the rows of living channels. Skipping work in training would need banks whose tokens agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from fallow import anatomy
+from fallow.anatomy.ffn import FFNWeights
+from fallow.errors import ConfigError, UnsupportedModelError
+from fallow.method import Mode
+from fallow.methods.upcycle.config import Upcycle
+from fallow.methods.upcycle.learning import gated, in_bank_cross_entropy
+from fallow.methods.upcycle.predictors import KINDS, judged
+from fallow.ops import bank_ffn
+from fallow.ops.activation import activation
+
+Observer = Callable[["GatedFFN", Tensor], None]
+"""Called in forward with (layer, x [T, D])."""
+
+
+class GatedFFN:
+    """One FFN. Attributes:
+
+    view: where its weights are.
+    bank, keep: channels of a bank and how many of them live; `keep` may be set at any time.
+    predictor: scores channels.
+    selection: who chooses.
+    mode: "dense" or "sparse", what this layer computes where the method asks for sparse forwards.
+    sparse: whether the method does; set by it.
+    learning: whether forward notes what `loss` adds up; set by the method in training.
+    threshold: fp32, channels judged above it live where selection is "threshold".
+    """
+
+    def __init__(self, view: anatomy.FFNView, config: Upcycle, *, number: int, keep: int) -> None:
+        check(view, config)
+        self.view, self.config, self.number = view, config, number
+        self.bank, self.keep, self.selection = config.bank, keep, config.selection
+        self.mode: Mode = "sparse"
+        self.sparse = False
+        self.learning = False
+        self.observer: Observer | None = None
+        self.heard: Callable[[Tensor], None] | None = None
+        """Called with the output, as the hook of a module would be."""
+        self.losses: list[Tensor] = []
+        self.threshold = torch.zeros(())
+        self.chance = torch.Generator()
+        device = view.weights().w_up_FD.device
+        self.predictor = KINDS[config.predictor](
+            config, width=view.d_model, channels=view.n_channels, act=view.act, device=device
+        )
+        self._serving: tuple[bank_ffn.Predictor, Tensor] | None = None
+        view.install(self.forward)
+
+    # -- forward ------------------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor) -> Tensor:
+        x_TD = x.reshape(-1, x.shape[-1])
+        if self.observer is not None:
+            self.observer(self, x_TD)
+        if not self.sparse or self.mode == "dense":
+            y = self.view.dense(x)
+        else:
+            w = self.view.weights()
+            if not self.predictor.started:
+                self.predictor.start(w, None)
+            y = self._decode(x, w) if self._may_decode(x_TD, w) else self._masked(x_TD, w).view(x.shape)
+        if self.heard is not None:
+            self.heard(y)
+        return y
+
+    def _may_decode(self, x_TD: Tensor, w: FFNWeights) -> bool:
+        return (
+            not torch.is_grad_enabled()
+            and self.selection == "predictor"
+            and x_TD.shape[0] <= bank_ffn.MOST_TOKENS
+            and w.b_up_F is None
+            and w.b_gate_F is None
+        )
+
+    def _decode(self, x: Tensor, w: FFNWeights) -> Tensor:
+        """Reads the living rows only. What is derived from the weights is made once and dropped by `stale`."""
+        assert w.w_gate_FD is not None
+        if self._serving is None:
+            bank_ffn.channel_contiguous_(self.view.parameters_along_channels()[-1].parameter)
+            self._serving = self.predictor.packed(w), w.w_down_DF
+        y = bank_ffn.bank_ffn(
+            x,
+            self._serving[0],
+            w.w_gate_FD,
+            w.w_up_FD,
+            w.w_down_DF.t(),
+            act=self.view.act,
+            bank=self.bank,
+            keep=self.keep,
+        )
+        return y if w.b_down_D is None else y + w.b_down_D
+
+    def stale(self) -> None:
+        """The weights have changed, or will: what serving derived from them is dropped."""
+        self._serving = None
+
+    def _masked(self, x_TD: Tensor, w: FFNWeights) -> Tensor:
+        """y [T, D] by dense GEMMs, with the dead channels set to zero between them."""
+        h_TF = self.hidden(x_TD, w)
+        coefficient_TF = self.coefficient(x_TD, h_TF, w)
+        return nn.functional.linear(h_TF * coefficient_TF.to(h_TF.dtype), w.w_down_DF, w.b_down_D)
+
+    def hidden(self, x_TD: Tensor, w: FFNWeights | None = None) -> Tensor:
+        """[T, F]: what every channel passes on to the down projection."""
+        w = w or self.view.weights()
+        assert w.w_gate_FD is not None
+        gate_TF = nn.functional.linear(x_TD, w.w_gate_FD, w.b_gate_F)
+        return activation(gate_TF, self.view.act) * nn.functional.linear(x_TD, w.w_up_FD, w.b_up_F)
+
+    # -- who lives ----------------------------------------------------------------------------------------------------
+
+    def mask(self, x_TD: Tensor, h_TF: Tensor, w: FFNWeights) -> Tensor:
+        """bool [T, F]: living channels, `keep` in every bank (by a threshold: any number)."""
+        return self._chosen(self._scores(x_TD, h_TF, w))
+
+    def _scores(self, x_TD: Tensor, h_TF: Tensor, w: FFNWeights) -> Tensor:
+        if self.selection == "predictor":
+            return self.predictor.logits(x_TD, w)
+        if self.selection == "random":
+            return torch.rand(h_TF.shape, generator=self.chance).to(h_TF.device)
+        return judged(h_TF, w, self.config)
+
+    def _chosen(self, scores_TF: Tensor) -> Tensor:
+        if self.selection == "threshold":
+            return scores_TF > self.threshold.to(scores_TF.device)
+        return bank_ffn.bank_mask(scores_TF.detach(), bank=self.bank, keep=self.keep)
+
+    def coefficient(self, x_TD: Tensor, h_TF: Tensor, w: FFNWeights) -> Tensor:
+        """[T, F]: what each hidden activation is multiplied by; 0 on dead channels."""
+        scores_TF = self._scores(x_TD, h_TF, w)
+        mask_TF = self._chosen(scores_TF)
+        if self.selection != "predictor":
+            return mask_TF
+        if self.learning and self.config.predictor_loss and scores_TF.requires_grad:
+            self.losses.append(in_bank_cross_entropy(scores_TF, judged(h_TF, w, self.config), self.bank))
+        return gated(scores_TF, mask_TF, form=self.config.gate, bank=self.bank)
+
+    # -- for the method -----------------------------------------------------------------------------------------------
+
+    def set_threshold(self, x_TD: Tensor) -> None:
+        """The threshold that passes `keep / bank` of the channels on these inputs."""
+        w = self.view.weights()
+        size_TF = judged(self.hidden(x_TD, w), w, self.config).flatten()
+        passed = max(1, round(size_TF.numel() * self.keep / self.bank))
+        self.threshold = size_TF.kthvalue(max(1, size_TF.numel() - passed)).values.cpu()
+
+    def to(self, device: torch.device) -> None:
+        """Keep the predictor where the weights are."""
+        if self.predictor.tilt_F.device != device:
+            self.predictor.to(device)
+
+
+def check(view: anatomy.FFNView, config: Upcycle) -> None:
+    """Raise where the config does not fit the FFN."""
+    if view.kind != "gated":
+        raise UnsupportedModelError(
+            f"Upcycle: {view.name} has two matrices and no gate; Upcycle needs gated FFNs (SwiGLU, GeGLU, ReGLU): use"
+            " SSD for this model"
+        )
+    if view.n_channels % config.bank:
+        fits = [b for b in range(2, 257) if view.n_channels % b == 0]
+        near = sorted(sorted(fits, key=lambda b: abs(b - config.bank))[:3])
+        raise ConfigError(
+            f"Upcycle: bank={config.bank} does not divide the {view.n_channels} channels of {view.name}; use"
+            f" {', '.join(map(str, near)) or 'another model'}, and keep a quarter of it"
+        )

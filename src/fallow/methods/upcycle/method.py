@@ -1,0 +1,285 @@
+"""Upcycle on a whole model: predictors beside its FFNs, what they learn from, and which forward computes what.
+
+In training all weights and predictors learn together, the FFNs computed as they will be served. What is added to the
+language model's loss (divergence from the dense parent, the predictors' own loss) is added by a hook to the loss that
+the model returns, so that any trainer trains it. Predictors are parameters of the method, outside of the stock model.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from fallow import anatomy
+from fallow.errors import CheckpointError, ConfigError
+from fallow.method import Method, Mode
+from fallow.methods.ranks import agreed, mean_over_ranks
+from fallow.methods.upcycle.config import Upcycle
+from fallow.methods.upcycle.fingerprint import fingerprint
+from fallow.methods.upcycle.fitting import Fitter
+from fallow.methods.upcycle.layers import GatedFFN
+from fallow.methods.upcycle.looking import Look
+from fallow.methods.upcycle.parent import Parent, distance, divergence
+from fallow.optim import AdamW, decay_groups
+
+
+class UpcycleMethod(Method):
+    name = "upcycle"
+    two_modes = True
+    sparse_from_start = True
+    config: Upcycle
+
+    def __init__(self, model: PreTrainedModel, config: Upcycle) -> None:
+        found = anatomy.inspect(model)
+        super().__init__(model, config)
+        self.n_layers = found.n_layers
+        self.keep = config.keep if isinstance(config.keep, tuple) else (config.keep,) * self.n_layers
+        if len(self.keep) != self.n_layers:
+            raise ConfigError(f"Upcycle: keep has {len(self.keep)} numbers, the model {self.n_layers} layers")
+        self.parent = Parent(model, with_outputs=config.hidden_loss > 0) if config.distill else None
+        self.layers: list[GatedFFN] = []
+        try:
+            for number, (view, keep) in enumerate(zip(found.ffns, self.keep, strict=True)):
+                self.layers.append(GatedFFN(view, config, number=number, keep=keep))
+        except Exception:
+            for layer in self.layers:
+                layer.view.uninstall()
+            raise
+        self.looks: list[dict[str, Any]] = []
+        self.fits: list[dict[str, Any]] = []
+        self.step = 0
+        self.watched = Look(model, self.layers)
+        self._outputs: list[Tensor] = []
+        self._hooks = [
+            model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
+            model.register_forward_hook(self._after_forward, with_kwargs=True),
+        ]
+        self._hooks += [p.register_hook(mean_over_ranks) for p in self.predictor_parameters()]
+
+    # -- the step -----------------------------------------------------------------------------------------------------
+
+    def before_step(self, step: int, total_steps: int) -> None:
+        self._follow_model()
+        self.step = step
+        every = round(self.config.monitor_every * total_steps)
+        if every and step % max(1, every) == 0 and (not self.looks or self.looks[-1]["step"] < step):
+            self.look(step)
+        span = self.config.anneal * total_steps
+        for layer, final in zip(self.layers, self.keep, strict=True):
+            layer.keep = layer.bank - round((layer.bank - final) * min(1.0, step / span)) if span else final
+            layer.chance.manual_seed(self._draw(step, layer.number))
+            layer.stale()
+        for p in self.predictor_parameters():
+            p.grad = None  # `model.zero_grad()`, which trainers call, does not reach them
+
+    def after_step(self, step: int, total_steps: int) -> None:
+        for layer, final in zip(self.layers, self.keep, strict=True):
+            layer.stale()
+            if step + 1 == total_steps:
+                layer.keep = final
+
+    def _draw(self, step: int, number: int) -> int:
+        return (self.config.seed * 1_000_003 + step) * 1_009 + number
+
+    def _follow_model(self) -> None:
+        """The model may have been moved to another device since it was made sparse."""
+        for layer in self.layers:
+            layer.to(self.model.device)
+
+    def _before_forward(self, _module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if self.watched.looking:
+            return
+        training = self.model.training
+        for layer in self.layers:
+            layer.sparse = self.mode == "sparse"
+            layer.learning = training
+            layer.losses.clear()
+            layer.heard = self._outputs.append if training and self.config.hidden_loss else None
+        self._outputs.clear()
+
+    def _after_forward(self, _module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+        """Add to the loss what Upcycle learns from besides the text."""
+        loss = getattr(output, "loss", None)
+        if not self.model.training or loss is None or self.watched.looking or self.mode == "dense":
+            return output
+        given = kwargs | ({"input_ids": args[0]} if args else {})
+        share = self._share_of_batch(given)
+        if self.parent is not None:
+            theirs_NV = self.parent.logits(given).flatten(0, 1)
+            ours_NV = output.logits.flatten(0, 1)
+            kl = divergence(ours_NV, theirs_NV) / ours_NV.shape[0] * share
+            loss = (1 - self.config.distill) * loss + self.config.distill * kl
+            if self.config.hidden_loss:
+                loss = loss + self.config.hidden_loss * share * distance(self._outputs, self.parent.outputs)
+        own = [each for layer in self.layers for each in layer.losses]
+        if own:
+            loss = loss + self.config.predictor_loss * share * torch.stack(own).mean()
+        output.loss = loss
+        return output
+
+    @staticmethod
+    def _share_of_batch(given: dict[str, Any]) -> Tensor | float:
+        """What part of the optimizer step's tokens this micro-batch has, where the trainer says how many there are."""
+        count, labels = given.get("num_items_in_batch"), given.get("labels")
+        if count is None or labels is None:
+            return 1.0
+        return (labels[..., 1:] != -100).sum() / count
+
+    # -- predictors ---------------------------------------------------------------------------------------------------
+
+    def predictor_parameters(self) -> list[nn.Parameter]:
+        return [p for layer in self.layers for p in layer.predictor.parameters()]
+
+    def watch(self, batch: dict[str, Tensor]) -> None:
+        """The batch that starts are made from and recall is measured on. Rank 0's on all ranks."""
+        self.watched.take(batch)
+
+    def prepare(self, batches: Iterable[dict[str, Tensor]]) -> Iterator[dict[str, Any]]:
+        """First stage: fit predictors to the frozen model on `fit_tokens` tokens; yields a record now and then."""
+        self._follow_model()
+        self.start()
+        if self.config.fit_tokens and self.predictor_parameters():
+            for record in Fitter(self.watched, self.layers, self.config).run(batches):
+                self.fits.append(record)
+                yield record
+
+    def start(self) -> None:
+        """Start the predictors that have not been started, from the weights and the watched batch if there is one."""
+        if all(layer.predictor.started for layer in self.layers) and not self._thresholds_due():
+            return
+        self.watched.start()
+        for p in self.predictor_parameters():
+            agreed(p.data)
+
+    def _thresholds_due(self) -> bool:
+        return any(layer.selection == "threshold" and not float(layer.threshold) for layer in self.layers)
+
+    def look(self, step: int) -> dict[str, Any]:
+        """Recall, the gap, and how evenly channels are used, on the watched batch; nothing where none is watched."""
+        self.start()
+        found = {"step": step} | self.watched.look()
+        if len(found) > 1:
+            self.looks.append(found)
+        return found
+
+    # -- the optimizer ------------------------------------------------------------------------------------------------
+
+    def optimizer(
+        self, *, lr: float, weight_decay: float = 0.0, betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8
+    ) -> AdamW:
+        """AdamW for the model, and for predictors at `predictor_lr` times the rate, without decay."""
+        self._follow_model()
+        groups = decay_groups([p for p in self.model.parameters() if p.requires_grad], weight_decay)
+        own = self.predictor_parameters()
+        if own and self.config.predictor_lr > 0:
+            groups.append({"params": own, "weight_decay": 0.0, "lr": lr * self.config.predictor_lr})
+        return AdamW(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+
+    # -- what is told -------------------------------------------------------------------------------------------------
+
+    def metrics(self) -> dict[str, float]:
+        keep = sum(layer.keep for layer in self.layers) / sum(layer.bank for layer in self.layers)
+        found = {"upcycle/keep_share": keep}
+        last = self.looks[-1] if self.looks else {}
+        if "recall" in last:
+            found["upcycle/recall"] = sum(last["recall"]) / self.n_layers
+            found["upcycle/gap"] = last["sparse_loss"] - last["dense_loss"]
+        return found
+
+    def layer_metrics(self) -> dict[str, list[float]]:
+        last = self.looks[-1] if self.looks else {}
+        return {k: last[k] for k in ("recall", "entropy", "dead") if k in last}
+
+    def insight(self) -> dict[str, Any]:
+        return {"keep": list(self.keep), "bank": self.config.bank, "looks": self.looks, "fits": self.fits}
+
+    # -- state --------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Predictors, what each layer keeps, and of which weights they are."""
+        state: dict[str, Any] = {
+            "method": self.name,
+            "n_layers": self.n_layers,
+            "predictor": self.config.predictor,
+            "bank": self.config.bank,
+            "keep": torch.tensor([layer.keep for layer in self.layers]),
+            "started": all(layer.predictor.started for layer in self.layers),
+            "weights": fingerprint(self.layers),
+            "history": json.dumps({"looks": self.looks, "fits": self.fits}),
+        }
+        for n, layer in enumerate(self.layers):
+            state |= {f"layer.{n}.{k}": v.detach().clone() for k, v in layer.predictor.state_dict().items()}
+            state[f"layer.{n}.threshold"] = layer.threshold
+        return state | {f"probe.{k}": v for k, v in (self.watched.batch or {}).items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state.get("method") != self.name or state.get("n_layers") != self.n_layers:
+            raise CheckpointError(
+                f"this state is of {state.get('method')!r} with {state.get('n_layers')} layers, not of 'upcycle' with"
+                f" {self.n_layers} layers; resume with the recipe that wrote it"
+            )
+        if (state["predictor"], state["bank"]) != (self.config.predictor, self.config.bank):
+            raise CheckpointError(
+                f"this state is of {state['predictor']} predictors and banks of {state['bank']}, the config of"
+                f" {self.config.predictor} ones and banks of {self.config.bank}; use the config that wrote it"
+            )
+        here = fingerprint(self.layers)
+        if state["weights"] and here and state["weights"] != here:
+            raise CheckpointError(
+                f"these predictors belong to other weights (hash {state['weights'][:12]}, this model {here[:12]}); load"
+                " the model that was saved beside them"
+            )
+        for n, layer in enumerate(self.layers):
+            prefix = f"layer.{n}."
+            own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+            layer.threshold = own.pop("threshold").cpu()
+            if (shapes := {k: v.shape for k, v in own.items()}) != {
+                k: v.shape for k, v in layer.predictor.state_dict().items()
+            }:
+                raise CheckpointError(f"predictor of layer {n}: {shapes} does not fit the config; use the one it is of")
+            layer.predictor.load_state_dict(own)
+            layer.predictor.started = bool(state["started"])
+            layer.keep = int(state["keep"][n])
+            layer.stale()
+        history = json.loads(state["history"])
+        self.looks, self.fits = history["looks"], history["fits"]
+        found = {k.removeprefix("probe."): v.to(self.model.device) for k, v in state.items() if k.startswith("probe.")}
+        self.watched.batch = found or None
+
+    def set_mode(self, mode: Mode) -> None:
+        """`"sparse"`: `keep` channels of every bank. `"dense"`: all. Every layer follows."""
+        if mode not in ("dense", "sparse"):
+            raise ConfigError(f"mode {mode!r}; use 'dense' or 'sparse'")
+        self.mode = mode
+        for layer in self.layers:
+            layer.mode = mode
+            layer.stale()
+        if mode == "sparse":
+            self.start()
+
+    @contextmanager
+    def in_mode(self, mode: Mode) -> Iterator[None]:
+        before: tuple[Mode, list[Mode]] = self.mode, [layer.mode for layer in self.layers]
+        self.set_mode(mode)
+        try:
+            yield
+        finally:
+            self.mode = before[0]
+            for layer, was in zip(self.layers, before[1], strict=True):
+                layer.mode = was
+
+    def remove(self) -> PreTrainedModel:
+        """The stock, dense model with the weights as trained."""
+        for hook in self._hooks:
+            hook.remove()
+        for layer in self.layers:
+            layer.view.uninstall()
+        self.parent = None
+        self.model._fallow = None  # type: ignore[assignment]
+        return cast(PreTrainedModel, self.model)

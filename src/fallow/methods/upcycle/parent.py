@@ -1,0 +1,77 @@
+"""The dense parent as teacher: divergence of its next-token distribution, and distance of its FFNs' outputs.
+
+The parent is a frozen copy of the model as it was when it was made sparse; it sees the same batch, without gradients.
+The obvious `F.kl_div` of two `log_softmax` keeps four fp32 copies of the logits; here rows go through in chunks and
+only the gradient stays, in the logits' own dtype. Cost: the parent's forward pass, and one copy of the weights.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from fallow import anatomy
+
+ROWS = 128
+"""Rows whose fp32 softmax is held at a time."""
+
+
+class Parent:
+    """The model as it is now, frozen. Make it before anything is installed in the model."""
+
+    def __init__(self, model: PreTrainedModel, *, with_outputs: bool) -> None:
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.outputs: list[Tensor] = []
+        if with_outputs:
+            for view in anatomy.inspect(self.model).ffns:
+                view.install(lambda x, view=view: self._noted(view.dense(x)))
+
+    def _noted(self, y: Tensor) -> Tensor:
+        self.outputs.append(y)
+        return y
+
+    @torch.no_grad()
+    def logits(self, given: dict[str, Any]) -> Tensor:
+        """[B, T, V] for what the model was called with; `outputs` then holds its FFNs' outputs in layer order."""
+        self.outputs.clear()
+        self.model.to(next(iter(given.values())).device)
+        inputs = {k: v for k, v in given.items() if k in ("input_ids", "position_ids", "attention_mask")}
+        return self.model(**inputs, use_cache=False).logits
+
+
+class _Divergence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, student_NV: Tensor, teacher_NV: Tensor) -> Tensor:  # type: ignore[override]
+        total = student_NV.new_zeros((), dtype=torch.float32)
+        gradient_NV = torch.empty_like(student_NV)
+        for first in range(0, student_NV.shape[0], ROWS):
+            rows = slice(first, first + ROWS)
+            s, t = student_NV[rows].float().log_softmax(1), teacher_NV[rows].float().log_softmax(1)
+            p = t.exp()
+            total += (p * (t - s)).sum()
+            gradient_NV[rows] = s.exp_().sub_(p)
+        ctx.save_for_backward(gradient_NV)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (gradient_NV,) = ctx.saved_tensors
+        return gradient_NV * scale.to(gradient_NV.dtype), None
+
+
+def divergence(student_NV: Tensor, teacher_NV: Tensor) -> Tensor:
+    """fp32 scalar: the Kullback-Leibler divergence of the student from the teacher, in nats, summed over rows."""
+    return _Divergence.apply(student_NV, teacher_NV)  # type: ignore[return-value]
+
+
+def distance(ours: list[Tensor], theirs: list[Tensor]) -> Tensor:
+    """fp32 scalar: mean over layers of the squared distance, relative to the parent's mean square in that layer."""
+    per_layer = [
+        (a.float() - b.float()).square().mean() / b.float().square().mean().clamp_min(1e-20)
+        for a, b in zip(ours, theirs, strict=True)
+    ]
+    return torch.stack(per_layer).mean()
