@@ -8,14 +8,23 @@ later arm.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from fallow.errors import ConfigError, UnsupportedModelError
 from fallow.training.cache import build_folder, cache_folder, digest_of
@@ -52,26 +61,62 @@ def locate(name: str, gguf_file: str | None = None) -> tuple[str, str | None]:
     return name, gguf_file
 
 
-def load(name: str, gguf_file: str | None, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load(
+    name: str, gguf_file: str | None, dtype: torch.dtype, *, changes: Mapping[str, Any] | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A dense model in `dtype`, in training mode on the CPU, and its tokenizer.
 
+    Args:
+        changes: fields of its config, replaced before it is built.
+
     Raises:
-        ConfigError: nothing of that name can be loaded.
+        ConfigError: nothing of that name can be loaded, or its config has no such field.
         UnsupportedModelError: the weights stay quantised and so cannot be trained.
     """
     place, gguf = locate(name, gguf_file)
     try:
         if gguf is not None:
             place = str(_unpacked(place, gguf, dtype))
-        model = AutoModelForCausalLM.from_pretrained(place, dtype=dtype)
+        config = AutoConfig.from_pretrained(place)
+    except (KeyError, OSError, ValueError, ImportError) as error:
+        raise _cannot(name, error) from None
+    if changes:
+        config = _changed(config, changes)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(place, config=config, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(place)
-    except (OSError, ValueError, ImportError) as error:
-        first = " ".join(str(error).split())[:200]
-        raise ConfigError(f"model {name!r} cannot be loaded ({first}); check the name or folder") from None
+    except (KeyError, OSError, ValueError, ImportError) as error:
+        raise _cannot(name, error) from None
     if getattr(model, "is_quantized", False):
         raise UnsupportedModelError(f"model {name!r} has quantised weights, which cannot be trained; use its full form")
     model.config.use_cache = False
     return model.train(), tokenizer
+
+
+def _cannot(name: str, error: Exception) -> ConfigError:
+    first = " ".join(str(error).split())[:200]
+    return ConfigError(f"model {name!r} cannot be loaded ({first}); check the name or folder")
+
+
+def _changed(config: PreTrainedConfig, changes: Mapping[str, Any]) -> PreTrainedConfig:
+    """Built anew with these fields, so that the config's own checks see them."""
+    for field in changes:
+        if not hasattr(config, field):
+            near = difflib.get_close_matches(field, vars(config), n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"recipe: config_changes: {config.model_type} has no {field!r}{hint}")
+    fields = {k: v for k, v in config.to_dict().items() if k != "model_type"} | dict(changes)
+    try:
+        return type(config)(**fields)
+    except Exception as error:  # strict configs and rope checks each raise their own kinds
+        raise ConfigError(f"recipe: config_changes: {' '.join(str(error).split())[:200]}") from None
+
+
+def longest(model: PreTrainedModel) -> int | None:
+    """Positions that the model's config allows; None where it names no limit."""
+    config = model.config.get_text_config()
+    found = (getattr(config, name, None) for name in ("max_position_embeddings", "n_positions"))
+    return next((n for n in found if isinstance(n, int)), None)
 
 
 def load_tokenizer(name: str, gguf_file: str | None) -> PreTrainedTokenizerBase:

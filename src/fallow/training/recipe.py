@@ -34,6 +34,9 @@ class Recipe:
     """Build a new model with random weights instead of loading one: `model_type` and any field of its transformers
     config, e.g. {model_type: llama, hidden_size: 192, num_hidden_layers: 5}. Vocabulary, special tokens and longest
     position come from the tokenizer and `seq_len` unless given; the weights follow from `seed`."""
+    config_changes: dict[str, Any] = field(default_factory=dict)
+    """Only without `architecture`: fields of the model's config to change as it is loaded; for contexts beyond its own,
+    e.g. {max_position_embeddings: 32768, rope_parameters: {rope_type: yarn, factor: 4.0, rope_theta: 10000.0}}."""
     tokenizer_vocab: int = 0
     """Only with `architecture`: train a byte-level BPE tokenizer of this many entries on `train_data`; 0 takes the
     tokenizer of `model`."""
@@ -111,6 +114,8 @@ class Recipe:
         for name in ("lr", "warmup", "weight_decay", "clip", "eval_every", "save_every", "threads"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"recipe: {name}={getattr(self, name)} must not be negative")
+        if self.config_changes and self.architecture:
+            raise ConfigError("recipe: config_changes are of an existing model; put them into architecture itself")
         if self.tokenizer_vocab and not self.architecture:
             raise ConfigError(
                 "recipe: tokenizer_vocab needs architecture: the weights of an existing model belong to its own"

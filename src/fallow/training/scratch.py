@@ -61,7 +61,13 @@ def start(recipe: Recipe, dtype: torch.dtype) -> Start:
         DataError: a tokenizer is to be trained, and the training text cannot be read.
     """
     if not recipe.architecture:
-        model, tokenizer = models.load(recipe.model, recipe.gguf_file, dtype)
+        model, tokenizer = models.load(recipe.model, recipe.gguf_file, dtype, changes=recipe.config_changes)
+        limit = models.longest(model)
+        if limit is not None and recipe.seq_len > limit:
+            raise ConfigError(
+                f"recipe: seq_len={recipe.seq_len} is beyond the {limit} positions of {recipe.model}; lower it, or"
+                " extend the model with config_changes: {max_position_embeddings: …, rope_parameters: …}"
+            )
         return Start(model=model, tokenizer=tokenizer, name=recipe.model, tokenizer_origin="")
     check(recipe)
     tokenizer, origin = tokenizer_for(recipe)

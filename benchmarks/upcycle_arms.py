@@ -1,0 +1,30 @@
+"""The arms of Upcycle's experiments: what each is, by name, as settings of `fallow.Upcycle` (None: dense)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+TAUGHT: dict[str, Any] = {"bank": 64, "keep": 16, "distill": 0.5}
+FITTED: dict[str, Any] = {"fit_tokens": 262_144, "predictor_loss": 0.1}
+
+MAIN: dict[str, dict[str, Any] | None] = {
+    "dense": None,
+    "quantized": TAUGHT | {"predictor": "quantized"},
+    "random": TAUGHT | {"selection": "random"},
+    "bilinear": TAUGHT | FITTED | {"predictor": "bilinear", "rank": 128},
+    "linear": TAUGHT | FITTED | {"predictor": "linear", "rank": 64},
+}
+"""Companion, the three kinds, and the control by chance."""
+SHORT: dict[str, dict[str, Any] | None] = {
+    "no-teacher": TAUGHT | {"distill": 0.0},
+    "teacher-only": TAUGHT | {"distill": 1.0},
+    "layers": TAUGHT | {"hidden_loss": 0.1},
+    "annealed": TAUGHT | {"anneal": 0.5},
+    "bilinear-hard": TAUGHT | FITTED | {"predictor": "bilinear", "rank": 128, "gate": "hard"},
+    "bilinear-soft-topk": TAUGHT | FITTED | {"predictor": "bilinear", "rank": 128, "gate": "soft_topk"},
+    "bilinear-64": TAUGHT | FITTED | {"predictor": "bilinear", "rank": 64},
+    "linear-smooth": TAUGHT | FITTED | {"predictor": "linear", "rank": 64, "gate": "smooth"},
+}
+"""Ablations of teacher, gate, annealing and rank."""
+ARMS = MAIN | SHORT
+SETS = {"main": list(MAIN), "ablations": list(SHORT)}

@@ -1,0 +1,155 @@
+"""Upcycle's real experiments: SmolLM2-135M trained on, dense and sparse, on equal tokens in equal order.
+
+    python benchmarks/upcycle_experiments.py main ablations        # two of these side by side share the work
+    python benchmarks/upcycle_experiments.py collate               # benchmarks/results/upcycle-cpt.json
+
+Every arm is a run as `fallow train` makes it (runs/experiments/upcycle-cpt/ARM): it resumes, and its model can be
+generated from, evaluated and exported. When it is finished its loss is taken dense and sparse on three held-out texts.
+Ablations take fewer steps (`--short`), and are compared with the main arms' curves at the same step only where these
+have the same schedule; so the dense arm and the quantized one are run short as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from upcycle_arms import ARMS, SETS
+
+from fallow import machine
+from fallow.errors import FallowError
+from fallow.evaluation import subject
+from fallow.training import data, heldout
+from fallow.training.progress import Display
+from fallow.training.recipe import Recipe
+from fallow.training.run import release, run
+from fallow.training.runfolder import RunFolder, folder_of
+from fallow.training.settings import load_file, resolve
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPE = ROOT / "benchmarks" / "recipes" / "upcycle-cpt.yaml"
+RESULT = ROOT / "benchmarks" / "results" / "upcycle-cpt.json"
+SHARED = Path("../shared/data")
+HELDOUT = {
+    "wikitext-2": SHARED / "wikitext2-test.txt",
+    "postgresql": SHARED / "postgresql-manual-eval.txt",
+    "technical-english": SHARED / "technical-english-eval.txt",
+}
+EVAL_TOKENS = 32_768
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit codes: 0 done, 1 failed or interrupted, 2 asked wrongly."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("what", nargs="+", choices=[*SETS, "collate"])
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), help="only these arms")
+    parser.add_argument("--steps", type=int, help="instead of the recipe's")
+    parser.add_argument("--short", type=int, default=100, help="steps of the ablations")
+    options = parser.parse_args(argv)
+    os.chdir(ROOT)
+    try:
+        if options.what == ["collate"]:
+            collate()
+            return 0
+        arithmetic()
+        for what in options.what:
+            names = SETS[what] if what == "main" else ["dense", "quantized", *SETS[what]]
+            for name in names:
+                if not options.arms or name in options.arms:
+                    steps = options.steps if what == "main" else options.short
+                    claimed(recipe_of(name, steps), name if what == "main" else f"{name}-short")
+        return 0
+    except FallowError as error:
+        print(f"upcycle_experiments: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("upcycle_experiments: interrupted; the same command goes on from here", file=sys.stderr)
+        return 1
+
+
+def arithmetic() -> None:
+    """GSM8K's questions and answers as plain text, a document each, where the recipe looks for them."""
+    target = Path("runs/experiments/gsm8k-train.txt")
+    if target.exists():
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    rows = (json.loads(line) for line in (SHARED / "gsm8k-train.jsonl").read_text().splitlines())
+    text = "\n\n".join(f"Question: {row['question']}\nAnswer: {row['answer']}" for row in rows)
+    partial = target.with_suffix(f".{os.getpid()}")
+    partial.write_text(text)
+    partial.replace(target)
+
+
+def recipe_of(name: str, steps: int | None) -> Recipe:
+    """The recipe of one arm."""
+    settings = ARMS[name]
+    changes = {"method": "none"} if settings is None else {"method": "upcycle", **settings}
+    return resolve(load_file(RECIPE), changes | ({"steps": steps} if steps else {}))
+
+
+def claimed(recipe: Recipe, arm: str) -> None:
+    """Run and judge one arm, unless that is done or another process is at it (delete its .lock file after a crash)."""
+    folder = folder_of(recipe, arm).path
+    folder.mkdir(parents=True, exist_ok=True)
+    judged, lock = folder / "judged.json", folder / "experiment.lock"
+    if judged.exists():
+        return
+    try:
+        lock.touch(exist_ok=False)
+    except FileExistsError:
+        return
+    try:
+        run(recipe, arm=arm, command="benchmarks/upcycle_experiments.py", display=Display())
+        release()
+        judged.write_text(json.dumps({"losses": judge(folder, recipe), "machine": machine.describe()}))
+    finally:
+        lock.unlink()
+
+
+def judge(folder: Path, recipe: Recipe) -> dict[str, dict[str, float]]:
+    """Held-out losses of a finished run, nats per token, by text and mode."""
+    torch.set_num_threads(recipe.threads or torch.get_num_threads())
+    trained = subject.load(str(folder), verb="upcycle_experiments")
+    model, handle = trained.model, trained.sparsity
+    found: dict[str, dict[str, float]] = {}
+    for name, file in HELDOUT.items():
+        text = data.prepare(
+            dataclasses.replace(recipe, eval_data=[str(file)]), trained.tokenizer, model.config.vocab_size
+        )
+        found[name] = {}
+        for mode in trained.modes:
+            taken = heldout.loss(model, text.evaluation, tokens=EVAL_TOKENS, batch_size=4, sparsity=handle, mode=mode)
+            assert taken is not None, "nothing stops it"
+            found[name][mode] = taken
+        print(f"{folder.name} {name}: {found[name]}", flush=True)
+    return found
+
+
+def collate() -> None:
+    """All judged arms in one file."""
+    recipe = recipe_of("dense", None)
+    runs = []
+    for judged in sorted(folder_of(recipe, "dense").path.parent.glob("*/judged.json")):
+        record: dict[str, Any] = RunFolder(judged.parent).read() or {}
+        kept = {k: record[k] for k in ("arm", "method", "precision", "totals", "eval", "versions")}
+        curve = [
+            {k: line[k] for k in ("step", "loss", "sparse_loss") if k in line}
+            for line in map(json.loads, (judged.parent / "metrics.jsonl").read_text().splitlines())
+            if line["kind"] == "eval"
+        ]
+        looks = record.get("insight", {}).get("looks", [])
+        runs.append(kept | json.loads(judged.read_text()) | {"curve": curve, "looks": looks})
+    result = {"experiment": "upcycle-cpt", "command": "python benchmarks/upcycle_experiments.py main ablations"}
+    RESULT.write_text(json.dumps(result | {"recipe": dataclasses.asdict(recipe), "runs": runs}, indent=1) + "\n")
+    print(f"wrote {RESULT.relative_to(ROOT)}: {len(runs)} runs, {torch.get_num_threads()} threads here")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
