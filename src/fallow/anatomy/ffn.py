@@ -176,6 +176,11 @@ class FFNView:
         self.act = "relu"
 
     @property
+    def decoder_layer(self) -> nn.Module:
+        """The decoder layer that holds it."""
+        return self._decoder_layer
+
+    @property
     def installed(self) -> bool:
         return bool(self._slots)
 
