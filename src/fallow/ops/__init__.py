@@ -14,6 +14,8 @@ _OPS = (
     "block_linear",
     "expert_ffn",
     "bank_ffn",
+    "row_linear",
+    "row_attention",
 )
 
 OF_SPARSE_METHODS = frozenset({"subset_ffn", "subset_linear", "packed", "block_linear", "expert_ffn", "bank_ffn"})
