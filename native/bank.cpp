@@ -74,6 +74,9 @@ Arena& own_arena() {
   return arena;
 }
 
+// Channels within which the living ones of one token come after those of another: rows that both want are still in the cache then.
+constexpr int64_t kWindow = 64;
+
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t input_bytes(int type) { return type == kInt8 ? 2 : 4; }
 
@@ -85,12 +88,10 @@ struct Plan {
 
   Plan(const Call& c) : c(c), k(kernels(c.level)) {
     unit = c.bank;
-    if (c.kind == kQuantized)
-      while (unit % 16) unit += c.bank;
+    while (unit < kWindow || (c.kind == kQuantized && unit % 16)) unit += c.bank;
     units = ceil_div(c.channels, unit);
     chunks = std::min<int64_t>(units, std::max(16, 2 * c.n_threads));
-    const int64_t banks = ceil_div(units, chunks) * (unit / c.bank);
-    most_live = banks * std::min(c.bank, c.keep * c.tokens);
+    most_live = ceil_div(units, chunks) * (unit / c.bank) * c.keep * c.tokens;
     y_stride = padded(c.width);
     halves = c.kind == kLinear ? 1 : c.kind == kBilinear ? 2 : 0;
   }
@@ -127,7 +128,7 @@ struct Worker {
     const int64_t T = c.tokens, U = p.unit;
     arena.reserve(inputs_bytes(c.width, T) * 3 + inputs_bytes(c.rank, T) * 2 + Arena::bytes<float>(T * U) * 2 + Arena::bytes<uint8_t>(U) +
                   Arena::bytes<int32_t>(U + 16) + Arena::bytes<uint16_t>(U) + Arena::bytes<Live>(p.most_live) +
-                  Arena::bytes<float>(p.most_live * T) + Arena::bytes<int8_t>(T * c.groups * c.group) +
+                  Arena::bytes<float>(p.most_live) + Arena::bytes<int8_t>(T * c.groups * c.group) +
                   Arena::bytes<float>(T * c.groups) * 2);
     x = arena.take<float>(T * c.width);
     for (int64_t i = 0; i < T * c.width; ++i)
@@ -150,7 +151,7 @@ struct Worker {
     keys = arena.take<int32_t>(U + 16);
     places = arena.take<uint16_t>(U);
     live = arena.take<Live>(p.most_live);
-    coefficient = arena.take<float>(p.most_live * T);
+    coefficient = arena.take<float>(p.most_live);
   }
 
   // Scores of channels [first, first + n) of all tokens, rows of `unit`.
@@ -178,13 +179,14 @@ struct Worker {
         k.select(scores + t * U + b, c.bank, c.keep, keys, places);
         for (int64_t i = 0; i < c.keep; ++i) members[b + places[i]] |= uint8_t(1 << t);
       }
-    for (int64_t i = 0; i < n; ++i) {
-      if (!members[i]) continue;
-      live[count] = {int32_t(first + i), members[i]};
-      if (c.smooth)
-        for (int64_t t = 0; t < T; ++t) coefficient[count * T + t] = scores[t * U + i];
-      ++count;
-    }
+    for (int64_t begin = 0; begin < n; begin += kWindow)
+      for (int64_t t = 0; t < T; ++t)
+        for (int64_t i = begin; i < std::min(n, begin + kWindow); ++i) {
+          if (!(members[i] >> t & 1)) continue;
+          live[count] = {int32_t(first + i), int32_t(t)};
+          if (c.smooth) coefficient[count] = scores[t * U + i];
+          ++count;
+        }
     return count;
   }
 
@@ -196,10 +198,10 @@ struct Worker {
       score(first, n);
       count = choose(first, n, count);
     }
-    if (c.smooth) k.sigmoid2(coefficient, coefficient, count * c.tokens);
+    if (c.smooth) k.sigmoid2(coefficient, coefficient, count);
     std::memset(y, 0, size_t(c.tokens * p.y_stride) * sizeof(float));
     const Ffn w{{c.gate, c.gate_scale, c.width, c.type}, {c.up, c.up_scale, c.width, c.type}, {c.down, c.down_scale, c.width, c.type}, c.act};
-    k.ffn(w, live, c.smooth ? coefficient : nullptr, count, inputs, c.tokens, y);
+    k.ffn(w, live, c.smooth ? coefficient : nullptr, count, inputs, y);
   }
 };
 

@@ -47,10 +47,9 @@ struct CodedInputs {
   float *scale, *offset;
 };
 
-// A channel that lives for the tokens in `tokens` (bits); what each multiplies it by is in a list beside.
+// A channel that lives for a token.
 struct Live {
-  int32_t channel;
-  uint32_t tokens;
+  int32_t channel, token;
 };
 
 struct Ffn {
@@ -73,8 +72,8 @@ struct Kernels {
   // The `keep` best of s [bank]: their places, rising. keys: room for `bank`.
   void (*select)(const float* s, int64_t bank, int64_t keep, int32_t* keys, uint16_t* places);
   void (*mask)(const float* s, int64_t banks, int64_t bank, int64_t keep, uint8_t* out);
-  // y[t] += the sum over live channels of gate(coefficient) act(gate . x) (up . x) down, in the order of prepared inputs
-  void (*ffn)(const Ffn& w, const Live* live, const float* coefficient, int64_t count, const Inputs& x, int64_t tokens, float* y);
+  // y[token] += coefficient act(gate . x) (up . x) down for each of `count` live; coefficient may be null, y is laid out as x is
+  void (*ffn)(const Ffn& w, const Live* live, const float* coefficient, int64_t count, const Inputs& x, float* y);
   // out = the sum of `parts` y's, `part_stride` apart, entries [begin, end) in natural order
   void (*collect)(int type, const float* y, int64_t parts, int64_t part_stride, int64_t width, int64_t begin, int64_t end, void* out,
                   bool out_bf16);

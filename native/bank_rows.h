@@ -29,23 +29,19 @@ struct Bf16Row {
   static constexpr int64_t kStep = 2 * W;
   static constexpr bool kSpans = false;
   struct Sum {
-    F total, odd;
+    F total;
   };
   struct Part {
     F even, odd;
   };
-  static inline Sum none() { return {zero(), zero()}; }
+  static inline Sum none() { return {zero()}; }
   static inline Part input(const Input* x) { return {load(x), load(x + W)}; }
   static inline void dot(Sum& s, const T* w, const Part& x) {
     F even, odd;
     halves(w, even, odd);
-    s.total = fma(even, x.even, s.total);
-    s.odd = fma(odd, x.odd, s.odd);
+    s.total = fma(odd, x.odd, fma(even, x.even, s.total));
   }
-  static inline void flush(Sum& s, float) {
-    s.total = add(s.total, s.odd);
-    s.odd = zero();
-  }
+  static inline void flush(Sum&, float) {}
   static inline Part output(const float* y) { return {load(y), load(y + W)}; }
   static inline void put(float* y, const Part& p) {
     store(y, p.even);
@@ -89,93 +85,70 @@ struct Int8Row {
   }
 };
 
-// Where the step of a row that begins at `at` is cut short by the row's end, its entries, zeros after them.
+constexpr int64_t kLine = 64;  // bytes
+
+// Entries of a row that are left over from whole lines, zeros after them.
 template <class R>
 struct Tail {
-  typename R::T rest[R::kStep];
+  static constexpr int64_t kEntries = kLine / int64_t(sizeof(typename R::T));
+  typename R::T rest[kEntries];
   Tail(const typename R::T* row, int64_t at, int64_t width) {
     __builtin_memset(rest, 0, sizeof rest);
     __builtin_memcpy(rest, row + at, size_t(width - at) * sizeof(typename R::T));
   }
 };
 
-// sums[m][n] = rows[m] . x[n]
-template <class R, int M, int N>
-inline void dot_block(const typename R::T* const* rows, const typename R::Input* const* x, const float* const* scale, int64_t width,
-                      typename R::Sum (*sums)[N]) {
+// Asks for the line `ahead` bytes on in each row, in `next` past a row's end. Into the first-level cache: all that is asked for at once,
+// by all rows, must fit its some 48 outstanding lines; past that it is slower than asking for nothing.
+template <int N>
+inline void ask(const void* const* rows, const void* const* next, int64_t at, int64_t row_bytes) {
+  const void* const* of = at < row_bytes ? rows : next;
+  at -= at < row_bytes ? 0 : row_bytes;
+  for (int n = 0; n < N; ++n) __builtin_prefetch(static_cast<const char*>(of[n]) + at, 0, 3);
+}
+
+// sums[m][n] = rows[m] . x[n], and y += the sum over k of h[k] rows[M + k]. next: the rows that will come after these, in their order.
+template <class R, int M, int N, int K, int kAhead>
+inline void sweep(const typename R::T* const* rows, const typename R::T* const* next, const typename R::Input* const* x,
+                  const float* const* scale, int64_t width, typename R::Sum (*sums)[N], const F* h, float* y) {
+  constexpr int64_t kEntries = Tail<R>::kEntries;
   for (int m = 0; m < M; ++m)
     for (int n = 0; n < N; ++n) sums[m][n] = R::none();
-  const int64_t whole = width / R::kStep * R::kStep, span = R::kSpans ? kSpan : whole + 1;
+  const int64_t whole = width / kEntries * kEntries, span = R::kSpans ? kSpan : whole + 1;
+  const int64_t size = int64_t(sizeof(typename R::T));
   int64_t s = 0;
   for (int64_t begin = 0; begin < whole; begin += span, ++s) {
     const int64_t end = begin + span < whole ? begin + span : whole;
-    for (int64_t i = begin; i < end; i += R::kStep)
-      for (int n = 0; n < N; ++n) {
-        const auto part = R::input(x[n] + i);
-        for (int m = 0; m < M; ++m) R::dot(sums[m][n], rows[m] + i, part);
+    for (int64_t line = begin; line < end; line += kEntries) {
+      ask<M + K>(reinterpret_cast<const void* const*>(rows), reinterpret_cast<const void* const*>(next), line * size + kAhead,
+                 width * size);
+      for (int64_t i = line; i < line + kEntries; i += R::kStep) {
+        for (int n = 0; n < N; ++n) {
+          const auto part = R::input(x[n] + i);
+          for (int m = 0; m < M; ++m) R::dot(sums[m][n], rows[m] + i, part);
+        }
+        if constexpr (K > 0) {
+          auto out = R::output(y + i);
+          for (int k = 0; k < K; ++k) R::axpy(out, h[k], rows[M + k] + i);
+          R::put(y + i, out);
+        }
       }
+    }
     for (int n = 0; n < N; ++n)
       for (int m = 0; m < M; ++m) R::flush(sums[m][n], scale[n][s]);
   }
   if (whole == width) return;
-  for (int m = 0; m < M; ++m) {
+  for (int m = 0; m < M + K; ++m) {
     const Tail<R> tail(rows[m], whole, width);
-    for (int n = 0; n < N; ++n) {
-      R::dot(sums[m][n], tail.rest, R::input(x[n] + whole));
-      R::flush(sums[m][n], scale[n][whole / kSpan]);
+    for (int64_t i = 0; i < kEntries; i += R::kStep) {
+      if (m < M) {
+        for (int n = 0; n < N; ++n) R::dot(sums[m][n], tail.rest + i, R::input(x[n] + whole + i));
+        continue;
+      }
+      auto out = R::output(y + whole + i);
+      R::axpy(out, h[m - M], tail.rest + i);
+      R::put(y + whole + i, out);
     }
+    for (int n = 0; n < N && m < M; ++n) R::flush(sums[m][n], scale[n][whole / kSpan]);
   }
-}
-
-// y[n] += the sum over m of h[m][n] rows[m]
-template <class R, int M, int N>
-inline void add_block(const typename R::T* const* rows, const F (*h)[N], int64_t width, float* const* y) {
-  const int64_t whole = width / R::kStep * R::kStep;
-  for (int64_t i = 0; i < whole; i += R::kStep)
-    for (int n = 0; n < N; ++n) {
-      auto part = R::output(y[n] + i);
-      for (int m = 0; m < M; ++m) R::axpy(part, h[m][n], rows[m] + i);
-      R::put(y[n] + i, part);
-    }
-  if (whole == width) return;
-  for (int m = 0; m < M; ++m) {
-    const Tail<R> tail(rows[m], whole, width);
-    for (int n = 0; n < N; ++n) {
-      auto part = R::output(y[n] + whole);
-      R::axpy(part, h[m][n], tail.rest);
-      R::put(y[n] + whole, part);
-    }
-  }
-}
-
-// The two above at once, one token and different rows: six rows come from memory side by side, and hardware fetches ahead in each.
-template <class R>
-inline void dot_and_add(const typename R::T* const* rows, const typename R::Input* x, const float* scale, int64_t width,
-                        typename R::Sum (*sums)[1], const typename R::T* const* down, const F* h, float* y) {
-  for (int m = 0; m < 4; ++m) sums[m][0] = R::none();
-  const int64_t whole = width / R::kStep * R::kStep, span = R::kSpans ? kSpan : whole + 1;
-  int64_t s = 0;
-  for (int64_t begin = 0; begin < whole; begin += span, ++s) {
-    const int64_t end = begin + span < whole ? begin + span : whole;
-    for (int64_t i = begin; i < end; i += R::kStep) {
-      const auto part = R::input(x + i);
-      for (int m = 0; m < 4; ++m) R::dot(sums[m][0], rows[m] + i, part);
-      auto out = R::output(y + i);
-      for (int m = 0; m < 2; ++m) R::axpy(out, h[m], down[m] + i);
-      R::put(y + i, out);
-    }
-    for (int m = 0; m < 4; ++m) R::flush(sums[m][0], scale[s]);
-  }
-  if (whole == width) return;
-  for (int m = 0; m < 4; ++m) {
-    const Tail<R> tail(rows[m], whole, width);
-    R::dot(sums[m][0], tail.rest, R::input(x + whole));
-    R::flush(sums[m][0], scale[whole / kSpan]);
-  }
-  auto out = R::output(y + whole);
-  for (int m = 0; m < 2; ++m) {
-    const Tail<R> tail(down[m], whole, width);
-    R::axpy(out, h[m], tail.rest);
-  }
-  R::put(y + whole, out);
 }
