@@ -16,11 +16,11 @@ from torch import Tensor
 
 from fallow.errors import BackendError, ConfigError
 from fallow.ops.activation import ACTIVATIONS
-from fallow.ops.bank_ffn import cpu, naive, op
+from fallow.ops.bank_ffn import cpu, naive, op, triton
 from fallow.ops.bank_ffn.pack import int8_rows, pack_factors, pack_quantized, rounded, unpack_quantized
 from fallow.ops.bank_ffn.select import Int8Rows, Predictor, Weight, check_bank, check_predictor, tensor_of
 
-BACKENDS = [cpu, naive]
+BACKENDS = [cpu, triton, naive]
 MOST_TOKENS = 8
 """Tokens up to which kernels read living rows only; with more, dense GEMMs and a mask."""
 last_used = "none yet"
