@@ -106,6 +106,7 @@ class GatedFFN:
     def stale(self) -> None:
         """The weights have changed, or will: what serving derived from them is dropped."""
         self._serving = None
+        self.predictor.stale()
 
     def _masked(self, x_TD: Tensor, w: FFNWeights) -> Tensor:
         """y [T, D] by dense GEMMs, with the dead channels set to zero between them."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fallow.anatomy.ffn import FFNWeights
 from fallow.errors import ConfigError
+from fallow.methods.ranks import several
 from fallow.methods.upcycle.config import Upcycle
 from fallow.ops import bank_ffn
 from fallow.ops.activation import activation
@@ -53,6 +54,9 @@ class Predictor(nn.Module):
     def logits(self, x_TD: Tensor, w: FFNWeights) -> Tensor:
         """[T, F] whose order within a bank is the choice; of magnitudes the logarithm. Gradients reach parameters."""
         raise NotImplementedError
+
+    def stale(self) -> None:
+        """The weights have changed: forget what was derived from them."""
 
     def packed(self, w: FFNWeights) -> bank_ffn.Predictor:
         """As the op `bank_ffn` takes it."""
@@ -128,18 +132,29 @@ class Bilinear(Predictor):
 
 class Quantized(Predictor):
     kind = "quantized"
+    _copies: tuple[Tensor, Tensor] | None = None
 
     def _start(self, w: FFNWeights, x_TD: Tensor | None) -> None:
-        """Its copies are read from the weights at every use."""
+        """Its copies are made of the weights when they are needed."""
+
+    def stale(self) -> None:
+        self._copies = None
 
     @torch.no_grad()
     def logits(self, x_TD: Tensor, w: FFNWeights) -> Tensor:
-        bits, group = self.config.bits, self.config.group
-        gate, up = (
-            bank_ffn.rounded(m.detach(), bits=bits, group=group) for m in (w.w_gate_FD, w.w_up_FD) if m is not None
-        )
+        """Magnitudes themselves: nothing learns from them, and they are in the order of their logarithms."""
+        gate, up = self._copies or self._rounded(w)
+        if self._copies is None and not several():  # under FSDP2 they would be whole weights on every rank
+            self._copies = gate, up
         linear = nn.functional.linear
-        return _log(linear(x_TD, gate), linear(x_TD, up), self)
+        size_TF = (activation(linear(x_TD, gate), self.act) * linear(x_TD, up)).abs_()
+        return size_TF * self.tilt_F
+
+    def _rounded(self, w: FFNWeights) -> tuple[Tensor, Tensor]:
+        """Gate and up as their copies hold them, in the dtype of the weights."""
+        bits, group = self.config.bits, self.config.group
+        gate, up = cast(Tensor, w.w_gate_FD).detach(), w.w_up_FD.detach()
+        return bank_ffn.rounded(gate, bits=bits, group=group), bank_ffn.rounded(up, bits=bits, group=group)
 
     def packed(self, w: FFNWeights) -> bank_ffn.Predictor:
         codes = bank_ffn.pack_quantized(
