@@ -1,42 +1,9 @@
 // Cross entropy over a large vocabulary, one row of logits at a time: the row (100 KB in bf16 at 49k words) stays in the L2 cache
 // while its maximum, its sum of exponentials and later its gradient are formed in fp32 registers. No fp32 copy of the logits.
 // Traffic: logits read once forwards; read once and gradient written once backwards.
-#include <cmath>
-#include <limits>
-
-#include "exp.h"
+#include "log_sum_exp.h"
 
 namespace fallow {
-
-constexpr int kLanes = 64;
-
-template <class T>
-struct LogSumExp {
-  template <bool kFma>
-  static FALLOW_INLINE void run(const T* row_in, int64_t width, float* out) {
-    const T* __restrict row = row_in;
-    float top[kLanes], sum[kLanes];
-    for (int j = 0; j < kLanes; ++j) {
-      top[j] = -std::numeric_limits<float>::infinity();
-      sum[j] = 0.0f;
-    }
-    const int64_t whole = width - width % kLanes;
-    for (int64_t i = 0; i < whole; i += kLanes)
-      for (int j = 0; j < kLanes; ++j) {
-        const float x = to_float(row[i + j]);
-        top[j] = x > top[j] ? x : top[j];
-      }
-    float max = -std::numeric_limits<float>::infinity();
-    for (int j = 0; j < kLanes; ++j) max = top[j] > max ? top[j] : max;
-    for (int64_t i = whole; i < width; ++i) max = to_float(row[i]) > max ? to_float(row[i]) : max;
-    for (int64_t i = 0; i < whole; i += kLanes)
-      for (int j = 0; j < kLanes; ++j) sum[j] += exp_nonpositive<kFma>(to_float(row[i + j]) - max);
-    float total = 0.0f;
-    for (int j = 0; j < kLanes; ++j) total += sum[j];
-    for (int64_t i = whole; i < width; ++i) total += exp_nonpositive<kFma>(to_float(row[i]) - max);
-    *out = max + std::log(total);
-  }
-};
 
 template <class T>
 struct SoftmaxGrad {

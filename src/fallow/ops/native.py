@@ -84,6 +84,8 @@ _SIGNATURES: dict[str, tuple[object, ...]] = {
     "fallow_expert_combine": (*[_ADDRESS] * 4, *[c_int64] * 3, c_int, c_int),
     "fallow_bank_ffn": (POINTER(BankCall),),
     "fallow_bank_mask": (_ADDRESS, _ADDRESS, *[c_int64] * 4, *[c_int] * 3),
+    "fallow_round_groups": (_ADDRESS, _ADDRESS, c_int, *[c_int64] * 3, c_int, c_int),
+    "fallow_divergence": (_ADDRESS, _ADDRESS, c_int, c_int64, c_int64, _ADDRESS, _ADDRESS, c_int),
     "fallow_cross_entropy_forward": (*_CE_COMMON, _ADDRESS, c_int),
     "fallow_cross_entropy_backward": (*_CE_COMMON, c_float, _ADDRESS, c_int),
 }

@@ -25,7 +25,8 @@ from fallow.methods.upcycle.fingerprint import fingerprint
 from fallow.methods.upcycle.fitting import Fitter
 from fallow.methods.upcycle.layers import GatedFFN
 from fallow.methods.upcycle.looking import Look
-from fallow.methods.upcycle.parent import Parent, distance, divergence
+from fallow.methods.upcycle.parent import Parent, distance
+from fallow.ops.divergence import divergence
 from fallow.optim import AdamW, decay_groups
 
 
@@ -265,14 +266,14 @@ class UpcycleMethod(Method):
 
     @contextmanager
     def in_mode(self, mode: Mode) -> Iterator[None]:
-        before: tuple[Mode, list[Mode]] = self.mode, [layer.mode for layer in self.layers]
+        before, by_layer = self.mode, [layer.mode for layer in self.layers]
         self.set_mode(mode)
         try:
             yield
         finally:
-            self.mode = before[0]
-            for layer, was in zip(self.layers, before[1], strict=True):
-                layer.mode = was
+            self.mode = before
+            for layer, was in zip(self.layers, by_layer, strict=True):
+                layer.mode = cast(Mode, was)
 
     def remove(self) -> PreTrainedModel:
         """The stock, dense model with the weights as trained."""

@@ -1,8 +1,7 @@
 """The dense parent as teacher: divergence of its next-token distribution, and distance of its FFNs' outputs.
 
 The parent is a frozen copy of the model as it was when it was made sparse; it sees the same batch, without gradients.
-The obvious `F.kl_div` of two `log_softmax` keeps four fp32 copies of the logits; here rows go through in chunks and
-only the gradient stays, in the logits' own dtype. Cost: the parent's forward pass, and one copy of the weights.
+Cost: the parent's forward pass, and one copy of the weights.
 """
 
 from __future__ import annotations
@@ -15,9 +14,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fallow import anatomy
-
-ROWS = 128
-"""Rows whose fp32 softmax is held at a time."""
 
 
 class Parent:
@@ -41,31 +37,6 @@ class Parent:
         self.model.to(next(iter(given.values())).device)
         inputs = {k: v for k, v in given.items() if k in ("input_ids", "position_ids", "attention_mask")}
         return self.model(**inputs, use_cache=False).logits
-
-
-class _Divergence(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, student_NV: Tensor, teacher_NV: Tensor) -> Tensor:  # type: ignore[override]
-        total = student_NV.new_zeros((), dtype=torch.float32)
-        gradient_NV = torch.empty_like(student_NV)
-        for first in range(0, student_NV.shape[0], ROWS):
-            rows = slice(first, first + ROWS)
-            s, t = student_NV[rows].float().log_softmax(1), teacher_NV[rows].float().log_softmax(1)
-            p = t.exp()
-            total += (p * (t - s)).sum()
-            gradient_NV[rows] = s.exp_().sub_(p)
-        ctx.save_for_backward(gradient_NV)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        (gradient_NV,) = ctx.saved_tensors
-        return gradient_NV * scale.to(gradient_NV.dtype), None
-
-
-def divergence(student_NV: Tensor, teacher_NV: Tensor) -> Tensor:
-    """fp32 scalar: the Kullback-Leibler divergence of the student from the teacher, in nats, summed over rows."""
-    return _Divergence.apply(student_NV, teacher_NV)  # type: ignore[return-value]
 
 
 def distance(ours: list[Tensor], theirs: list[Tensor]) -> Tensor:

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from fallow.errors import BackendError, ConfigError
 from fallow.ops.activation import ACTIVATIONS
-from fallow.ops.bank_ffn import cpu, naive, op, triton
-from fallow.ops.bank_ffn.pack import int8_rows, pack_factors, pack_quantized, rounded, unpack_quantized
+from fallow.ops.bank_ffn import cpu, naive, op, pack, triton
+from fallow.ops.bank_ffn.pack import int8_rows, pack_factors, pack_quantized, unpack_quantized
 from fallow.ops.bank_ffn.select import Int8Rows, Predictor, Weight, check_bank, check_predictor, tensor_of
 
 BACKENDS = [cpu, triton, naive]
@@ -63,6 +63,21 @@ def bank_mask(scores_TF: Tensor, *, bank: int, keep: int, backend: str | None = 
     masking = [b for b in BACKENDS if hasattr(b, "bank_mask")]
     module = _choose(masking, backend, lambda b: b.mask_usable(scores_TF, bank))
     return module.bank_mask(scores_TF.detach(), bank=bank, keep=keep)
+
+
+def rounded(w_FD: Tensor, *, bits: int = 4, group: int = 64) -> Tensor:
+    """What a quantized predictor's copy of a matrix holds.
+
+    Args:
+        w_FD: [F, D], floating.
+        bits: 2 or 4.
+        group: inputs that share a scale; a multiple of 16.
+
+    Returns:
+        [F, D], dtype of w.
+    """
+    native = w_FD.device.type == "cpu" and w_FD.dtype in (torch.bfloat16, torch.float32) and cpu.available()[0]
+    return (cpu if native else pack).rounded(w_FD, bits=bits, group=group)
 
 
 def scores(x_TD: Tensor, predictor: Predictor, act: str) -> Tensor:

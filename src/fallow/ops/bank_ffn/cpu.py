@@ -56,6 +56,22 @@ def mask_usable(scores_TF: Tensor, bank: int) -> tuple[bool, str]:
     return True, "counts in vectors"
 
 
+def rounded(w_FD: Tensor, *, bits: int, group: int) -> Tensor:
+    """As `fallow.ops.bank_ffn.rounded`, of a bf16 or fp32 matrix on the CPU."""
+    w_FD = w_FD.contiguous()
+    out_FD = torch.empty_like(w_FD)
+    native.library().fallow_round_groups(
+        w_FD.data_ptr(),
+        out_FD.data_ptr(),
+        w_FD.dtype == torch.bfloat16,
+        *w_FD.shape,
+        group,
+        bits,
+        torch.get_num_threads(),
+    )
+    return out_FD
+
+
 def bank_mask(scores_TF: Tensor, *, bank: int, keep: int, level: int = _ANY) -> Tensor:
     """As `fallow.ops.bank_ffn.bank_mask`. `level` 0 to 3 asks for plain C++, AVX2, AVX-512 or AVX-512 with VNNI, as far
     as this CPU has it."""
