@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from fallow.errors import ConfigError
 
 if TYPE_CHECKING:
+    from fallow.method import Mode
     from fallow.methods.upcycle.method import UpcycleMethod
 
 
@@ -40,7 +41,7 @@ def sensitivity(handle: UpcycleMethod, keeps: Sequence[int]) -> dict[int, list[f
                 layer.mode = "dense"
     finally:
         for layer, (mode, keep) in zip(handle.layers, before, strict=True):
-            layer.mode, layer.keep = mode, keep
+            layer.mode, layer.keep = cast("Mode", mode), keep
     return found
 
 
