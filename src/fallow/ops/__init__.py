@@ -14,11 +14,14 @@ _OPS = (
     "block_linear",
     "expert_ffn",
     "bank_ffn",
+    "divergence",
     "row_linear",
     "row_attention",
 )
 
-OF_SPARSE_METHODS = frozenset({"subset_ffn", "subset_linear", "packed", "block_linear", "expert_ffn", "bank_ffn"})
+OF_SPARSE_METHODS = frozenset(
+    {"subset_ffn", "subset_linear", "packed", "block_linear", "expert_ffn", "bank_ffn", "divergence"}
+)
 """Operations that no dense run uses."""
 
 
