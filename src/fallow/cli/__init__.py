@@ -21,6 +21,7 @@ from fallow.errors import BackendError, ConfigError, DataError, FallowError, Uns
 VERBS = {
     "train": "one training run, dense or sparse; resumes where it stopped",
     "compare": "dense and sparse arms on the same data, then one report",
+    "generate": "a text from a model, dense or sparse, and its tokens per second",
     "evaluate": "perplexity, RULER and lm-eval's tasks, dense and sparse side by side",
     "report": "one self-contained HTML page from run folders",
     "export": "the trained model for stock transformers, or packed without its zeros; verified",

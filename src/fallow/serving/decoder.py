@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, field
 from types import FunctionType
 from typing import Any
 
@@ -27,28 +26,38 @@ from fallow.serving.graph import Rewritten, rewrite
 from fallow.serving.sampling import Sampling, pick
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class Generated:
     """One text, and the time it took."""
 
-    tokens: list[int]
-    """What was generated, the stop token included."""
-    stopped: str
-    """"stop": by a stop token; "length": by `max_new_tokens`."""
     prompt_tokens: int
-    prefill_seconds: float
+    tokens: list[int] = field(default_factory=list)
+    """What was generated, the stop token included."""
+    stopped: str = ""
+    """"stop": by a stop token; "length": by `max_new_tokens`."""
+    prefill_seconds: float = 0.0
     """Of the prompt and the first token."""
-    compile_seconds: float
-    """Of compiling the step, where this text was the first to need it."""
-    decode_seconds: float
-    """Of the tokens after the first, without compilation."""
-    decoded: int
+    compile_seconds: float = 0.0
+    """Of the step that compiled, where this text was the first to need it."""
+    decode_seconds: float = 0.0
+    """Of the other tokens."""
+    decoded: int = 0
     """How many tokens `decode_seconds` are for."""
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Of decoding; None where fewer than two tokens were timed."""
-        return self.decoded / self.decode_seconds if self.decoded and self.decode_seconds else None
+        """Of decoding; None where no token was timed."""
+        return self.decoded / self.decode_seconds if self.decoded else None
+
+    def count(self, seconds: float, *, compiling: bool) -> None:
+        """One more token has come."""
+        if not self.prefill_seconds:
+            self.prefill_seconds = seconds
+        elif compiling:
+            self.compile_seconds += seconds
+        else:
+            self.decode_seconds += seconds
+            self.decoded += 1
 
 
 class Decoder:
@@ -83,9 +92,12 @@ class Decoder:
         self.rewritten: Rewritten | None = None
         self.note = "eager"
         self._rewriting, self._say = rewriting, say
+        self._unguarded: Callable[[], Tensor] | None = None
+        self._compiling, self._first = False, True
         self._cache = _cache(model, max_tokens)
         self._token_11 = torch.zeros(1, 1, dtype=torch.long, device=model.device)
         self._step: Callable[[Tensor], Tensor] | None = None
+        self._handed: tuple[Callable[..., Any], tuple[Any, ...], Any] | None = None
         if compiled:
             self.note = "compiled"
             on_cpu = model.device.type == "cpu"
@@ -111,11 +123,13 @@ class Decoder:
             on_token: called with every token as soon as it is there.
 
         Raises:
-            ConfigError: an empty prompt, or more tokens than the cache has places for.
+            ConfigError: an empty prompt, more tokens than the cache has places for, or a model in training mode.
         """
         sampling = sampling or Sampling()
         stop = set(stop_tokens_of(self.model) if stop_tokens is None else stop_tokens)
         ids = [int(i) for i in prompt]
+        if self.model.training:
+            raise ConfigError("generate: the model is in training mode; call model.eval() first")
         if not ids or max_new_tokens < 1:
             raise ConfigError("generate: give a prompt of one token at least, and max_new_tokens of 1 at least")
         if len(ids) + max_new_tokens > self.max_tokens:
@@ -123,37 +137,28 @@ class Decoder:
                 f"generate: {len(ids)} prompt tokens and {max_new_tokens} new ones do not fit into the cache of"
                 f" {self.max_tokens}; raise max_tokens, or shorten the prompt"
             )
-        chance = sampling.generator()
-        tokens: list[int] = []
-        marks = [time.perf_counter()]
+        chance, tokens = sampling.generator(), list[int]()
+        done = Generated(prompt_tokens=len(ids))
+        began = time.perf_counter()
         logits_V = self.prefill(ids)
-        for _ in range(max_new_tokens):
+        while True:
             tokens.append(pick(logits_V, sampling, chance))
-            marks.append(time.perf_counter())
+            done.count(time.perf_counter() - began, compiling=self._compiling)
             if on_token:
                 on_token(tokens[-1])
             if tokens[-1] in stop or len(tokens) == max_new_tokens:
                 break
-            logits_V = self.step(tokens[-1], eagerly=len(tokens) == 1)
-        return self._summary(ids, tokens, stop, marks)
-
-    def _summary(self, ids: list[int], tokens: list[int], stop: set[int], marks: list[float]) -> Generated:
-        spans = [b - a for a, b in pairwise(marks)]
-        return Generated(
-            tokens=tokens,
-            stopped="stop" if tokens[-1] in stop else "length",
-            prompt_tokens=len(ids),
-            prefill_seconds=spans[0],
-            compile_seconds=0.0,
-            decode_seconds=sum(spans[1:]),
-            decoded=len(spans) - 1,
-        )
+            began, self._compiling = time.perf_counter(), False
+            logits_V = self.step(tokens[-1])
+        done.tokens, done.stopped = tokens, "stop" if tokens[-1] in stop else "length"
+        return done
 
     @torch.no_grad()
     def prefill(self, ids: Sequence[int]) -> Tensor:
         """Forget what was, read a prompt, and return the logits [V] of what comes next."""
         self._cache.reset()
-        self.length = len(ids)
+        self._unguarded = self._handed = None
+        self._first, self.length = True, len(ids)
         out = self.model(
             input_ids=torch.tensor([list(ids)], device=self.model.device),
             past_key_values=self._cache,
@@ -163,13 +168,10 @@ class Decoder:
         return out.logits[0, -1]
 
     @torch.no_grad()
-    def step(self, token: int, *, eagerly: bool = False) -> Tensor:
-        """Read one token and return the logits [V] of what comes next.
+    def step(self, token: int) -> Tensor:
+        """Read one token, by its id, and return the logits [V] of what comes next.
 
-        Args:
-            token: its id.
-            eagerly: without the compiled graph. The first step of a text runs so, because layers then make what they
-                derive from weights, which no graph may.
+        The first step after a prompt runs eagerly: layers then make what they derive from weights, which no graph may.
 
         Raises:
             ConfigError: the cache is full.
@@ -177,20 +179,29 @@ class Decoder:
         if self.length >= self.max_tokens:
             raise ConfigError(f"the cache is full with {self.length} tokens; make a Decoder with more max_tokens")
         self._token_11.fill_(token)
-        run = self._eager if eagerly or self._step is None else self._compiled_or_eager
+        run = self._eager if self._first or self._step is None else self._compiled_or_eager
         logits_V = run(self._token_11)
         self.length += 1
+        self._first = False
         return logits_V
 
     def _compiled_or_eager(self, token_11: Tensor) -> Tensor:
+        """At its first call in a text Dynamo checks that model and mode are the graph's; later calls skip that."""
+        if self._unguarded is not None:
+            return self._unguarded()
         assert self._step is not None
         try:
-            return self._step(token_11)
+            logits_V = self._step(token_11)
+            if self._handed is not None:
+                compiled, arguments, outputs = self._handed
+                if len(outputs) == 1 and outputs[0] is logits_V:
+                    self._unguarded = lambda: compiled(*arguments)[0]
+            return logits_V
         except Exception as error:  # whatever Dynamo, Inductor or a C++ compiler raise
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             self.note = f"eager: torch.compile failed with {type(error).__name__}: {' '.join(lines[:1])[:160]}"
             self._say(f"decoding falls back to {self.note}")
-            self._step = None
+            self._step, self._compiling = None, True
             for layer in self._cache.layers:  # some of the graph may have run
                 if isinstance(layer, StaticLayer):
                     layer.cumulative_length.fill_(self.length)
@@ -203,9 +214,19 @@ class Decoder:
     def _backend(self, graph: fx.GraphModule, inputs: list[Any]) -> Any:
         from torch._inductor.compile_fx import compile_fx
 
-        if self._rewriting:
-            self.rewritten = rewrite(graph)
-        return compile_fx(graph, inputs)
+        self._compiling = True
+        if not self._rewriting:
+            return compile_fx(graph, inputs)
+        self.rewritten = rewrite(graph)
+        # What is left between our kernels takes 1 to 10 µs: less than a parallel region.
+        compiled: Any = compile_fx(graph, inputs, config_patches={"cpp.threads": 1})
+
+        def run(*arguments: Any) -> Any:
+            outputs = compiled(*arguments)
+            self._handed = (compiled, arguments, outputs)
+            return outputs
+
+        return run
 
 
 def stop_tokens_of(model: PreTrainedModel) -> list[int]:
