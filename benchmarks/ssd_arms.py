@@ -27,6 +27,10 @@ MODELS: dict[str, dict[str, int]] = {
 weights."""
 
 
+PREFIX = {"wide": "", "deep": "deep-", "broad": "broad-"}
+"""What names of arms and of prices begin with, by model."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arm:
     """One form of training."""
@@ -79,6 +83,7 @@ MAIN = [
 BROAD = [
     _ssd("fixed-eight-120", steps_scale=1.2, **FEWER, **ONCE),
     Arm(name="broad-dense", model="broad"),
+    _ssd("broad-fixed-eight", model="broad", **FEWER, **ONCE),
     _ssd("broad-fixed-eight-120", model="broad", steps_scale=1.2, **FEWER, **ONCE),
 ]
 """Fewer, fatter experts, whose GEMMs are large enough for AMX, on the widest model of the size."""

@@ -11,7 +11,7 @@ import statistics
 from dataclasses import dataclass, field
 from typing import Any
 
-from ssd_arms import ARMS
+from ssd_arms import ARMS, PREFIX
 
 Data = dict[str, Any]
 
@@ -35,13 +35,13 @@ class Summary:
 
 def base_of(arm: str) -> str:
     """The dense arm that an arm is compared with."""
-    return "deep-dense" if ARMS[arm].model == "deep" else "dense"
+    return f"{PREFIX[ARMS[arm].model]}dense"
 
 
 def form_of(arm: str) -> tuple[str, str]:
     """(dense, sparse) forms of ssd-pace.json that an arm's steps are made of."""
     a = ARMS[arm]
-    prefix = "deep-" if a.model == "deep" else ""
+    prefix = PREFIX[a.model]
     if a.native_moe:
         return f"{prefix}moe", f"{prefix}moe"
     if a.ffn_share < 1:
@@ -56,7 +56,7 @@ def seconds_of(run: Data, prices: dict[str, float]) -> float:
     """Of a whole run."""
     dense, sparse = form_of(run["arm"])
     total = (run["steps"] - run["sparse_steps"]) * prices[dense] + run["sparse_steps"] * prices[sparse]
-    prefix = "deep-" if ARMS[run["arm"]].model == "deep" else ""
+    prefix = PREFIX[ARMS[run["arm"]].model]
     insight = run["insight"] or {}
     total += len(insight.get("observations", ())) * prices[f"{prefix}observation"]
     total += len(insight.get("partitions", ())) * prices[f"{prefix}partition"]
@@ -96,11 +96,11 @@ def gap_at_equal_seconds(of: dict[str, Summary], arm: str) -> list[float]:
 def seconds_to_dense(of: dict[str, Summary], arms: list[str]) -> list[float]:
     """Seconds in which a form reaches dense's final loss over dense's seconds, per seed, on the line through its runs
     of several lengths (`arms`)."""
-    found = []
-    for seed, target in of["dense"].dense.items():
+    found, base = [], of[base_of(arms[0])]
+    for seed, target in base.dense.items():
         points = sorted((of[a].dense[seed], of[a].seconds[seed]) for a in arms if a in of and seed in of[a].dense)
         if len(points) >= 2:
-            found.append(on_line(points, target) / of["dense"].seconds[seed])
+            found.append(on_line(points, target) / base.seconds[seed])
     return found
 
 

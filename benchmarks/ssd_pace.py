@@ -22,7 +22,7 @@ from typing import Any
 import ssd_experiments as experiments
 import torch
 from scratch_runs import batches, optimizer_of
-from ssd_arms import ACTIVE, ARMS, EXPERTS, SSD_SETTINGS, Arm
+from ssd_arms import ACTIVE, ARMS, EXPERTS, PREFIX, SSD_SETTINGS, Arm
 
 from fallow import machine
 from fallow.bench.harness import interleave
@@ -42,6 +42,8 @@ FORMS = {
     "deep-sparse-half": "deep-ssd-half",
     "deep-sparse-eight": "deep-ssd-eight",
     "deep-small": "deep-small",
+    "broad-dense": "broad-dense",
+    "broad-sparse-eight": "broad-fixed-eight",
 }
 """What is timed, and the arm whose steps it is."""
 
@@ -50,19 +52,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--threads", type=int, default=1, help="as in the runs")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--forms", nargs="+", choices=list(FORMS), default=list(FORMS), help="only these")
     parser.add_argument("--output", type=Path, default=RESULT)
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     os.chdir(experiments.ROOT)
     steps, looks = {}, {}
-    for form, name in FORMS.items():
-        arm = ARMS[name]
+    for form in options.forms:
+        arm = ARMS[FORMS[form]]
         if arm.ssd is not None:
             arm = dataclasses.replace(arm, ssd=arm.ssd | {"schedule": "always_sparse", "monitor_every": LONG})
         steps[form], handle = stepper(arm)
         if handle is not None:
-            prefix = form.partition("-")[0] + "-" if form.startswith("deep") else ""
-            if form in ("sparse", "deep-sparse"):
+            prefix = PREFIX[arm.model]
+            if form in ("sparse", "deep-sparse", "broad-sparse-eight"):
                 looks |= {f"{prefix}observation": looker(handle), f"{prefix}partition": partitioner(handle)}
     timing = interleave(steps, rounds=options.rounds, warm_up=2)
     apart = interleave(looks, rounds=5, warm_up=1)
@@ -75,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "quartiles": timing.spread(form, base),
         }
         for form in steps
-        for base in ("deep-dense" if form.startswith("deep") else "dense",)
+        for base in (f"{PREFIX[ARMS[FORMS[form]].model]}dense",)
     ]
     result: dict[str, Any] = {"experiment": "ssd-pace", "command": "python benchmarks/ssd_pace.py"}
     result |= {"machine": machine.describe(), "threads": options.threads, "rounds": options.rounds}
