@@ -11,14 +11,25 @@ import torch
 from fallow.evaluation.answers import Answer
 from fallow.evaluation.subject import Subject
 from fallow.methods.upcycle.layers import GatedFFN
+from tests.evaluation.subjects import subject
 
-ANSWER = 24
+ANSWER = 64
+KINDS = {
+    "linear": {"rank": 31, "act": "relu"},  # of a SwiGLU with random weights no linear map finds the large channels
+    "bilinear": {"rank": 28},
+    "quantized": {"rank": None},
+}
+
+
+def sound(kind: str) -> Subject:
+    """A model of four layers whose predictors of that kind find half of the channels of a bank well."""
+    return subject(layers=4, predictor=kind, keep=8, down=1.5, **KINDS[kind])
 
 
 def answers_of(
     made: Subject, *, count: int, lengths: tuple[int, ...], seed: int = 0, task: str = "drawn"
 ) -> list[Answer]:
-    """`count` random prompts of each length, and 24 tokens that the dense model continued each with."""
+    """`count` random prompts of each length, and 64 tokens that the dense model continued each with."""
     chance = torch.Generator().manual_seed(seed)
     vocab = made.model.config.vocab_size
     found = []

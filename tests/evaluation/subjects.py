@@ -40,8 +40,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", pad_token="<pad>")
 
 
-def subject(*, layers: int = 2, context: int = 4096, **settings: Any) -> Subject:
-    """An upcycled tiny llama in fp32 with a small tokenizer, its predictors started from text."""
+def subject(*, layers: int = 2, context: int = 4096, act: str = "silu", down: float = 1.0, **settings: Any) -> Subject:
+    """An upcycled tiny llama in fp32 with a small tokenizer, its predictors started from text. `down` multiplies the
+    down projections, half as much again in every further layer, so that FFNs matter, and about equally."""
     model = tiny_model(
         "llama",
         vocab_size=VOCAB,
@@ -50,8 +51,13 @@ def subject(*, layers: int = 2, context: int = 4096, **settings: Any) -> Subject
         bos_token_id=None,
         num_hidden_layers=layers,
         max_position_embeddings=context,
+        hidden_act=act,
         dtype=torch.float32,
     )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "down_proj" in name and down != 1:
+                parameter.mul_(down * 1.5 ** int(name.split(".")[2]))
     handle = fallow.sparsify(model, fallow.Upcycle(**SETTINGS | settings))
     made = Subject(name="tiny", model=model.eval(), tokenizer=tokenizer(), sparsity=handle)
     ids = torch.tensor(made.tokenizer(text(5, 2000)).input_ids[:1024])
