@@ -125,46 +125,64 @@ inline void dots(const Rows& rows, int64_t first, int64_t count, const Inputs& x
   else dots_of<FloatRow>(rows, first, count, x, tokens, out, out_stride);
 }
 
-constexpr int64_t kCodesAhead = 1024;
+constexpr int64_t kCodesAhead = 768;  // times four streams: what may be outstanding
 
-template <int kBits, int N>
+// Some blocks of 16 channels side by side, as many streams from memory.
+template <int kBits, int M, int N>
 inline void coded_block(const Codes& c, int64_t block, const CodedInputs& x, int64_t t, float* const* out, int64_t out_stride) {
-  const int64_t bytes = 2 * c.group * kBits, stride = c.groups * c.group;
-  const uint8_t* codes = c.codes + block * c.groups * 2 * bytes;
-  const bf16* scales = c.scales + block * c.groups * 32;
   constexpr int kParts = 16 / W;
-  F total[2][N][kParts];
-  for (int m = 0; m < 2; ++m)
-    for (int n = 0; n < N; ++n)
-      for (int p = 0; p < kParts; ++p) total[m][n][p] = zero();
+  const int64_t bytes = 2 * c.group * kBits, row = c.groups * 2 * bytes, stride = c.groups * c.group;
+  const uint8_t* codes[M];
+  F total[2][M * N][kParts];
+  for (int i = 0; i < 2 * M * N * kParts; ++i) total[0][0][i] = zero();
+  for (int m = 0; m < M; ++m) codes[m] = c.codes + (block + m) * row;
   for (int64_t g = 0; g < c.groups; ++g)
-    for (int m = 0; m < 2; ++m, codes += bytes, scales += 16) {
-      F sums[N][kParts];
-      if (t == 0) {
-        for (int64_t line = 0; line < bytes; line += kLine) __builtin_prefetch(codes + line + kCodesAhead, 0, 3);
-        if (m) __builtin_prefetch(scales + kCodesAhead, 0, 3);
-      }
-      code_sums<kBits, N>(codes, c.group, x.bytes + t * stride + g * c.group, stride, sums);
-      for (int n = 0; n < N; ++n) {
-        const int64_t at = (t + n) * c.groups + g;
-        const F scale = set1(x.scale[at]), offset = set1(x.offset[at]);
-        for (int p = 0; p < kParts; ++p) total[m][n][p] = fma(fma(sums[n][p], scale, offset), widen(scales + p * W), total[m][n][p]);
+    for (int which = 0; which < 2; ++which) {
+      const bf16* scales = c.scales + (block * c.groups + g) * 32 + which * 16;
+      if (t == 0)
+        for (int m = 0; m < M; ++m) {
+          for (int64_t line = 0; line < bytes; line += kLine) __builtin_prefetch(codes[m] + line + kCodesAhead, 0, 3);
+          if (which) __builtin_prefetch(scales + m * c.groups * 32 + kCodesAhead / 4, 0, 3);
+        }
+      F sums[M * N][kParts];
+      code_sums<kBits, M, N>(codes, c.group, x.bytes + t * stride + g * c.group, stride, sums);
+      for (int m = 0; m < M; ++m) {
+        codes[m] += bytes;
+        for (int n = 0; n < N; ++n) {
+          const int64_t at = (t + n) * c.groups + g;
+          const F scale = set1(x.scale[at]), offset = set1(x.offset[at]);
+          for (int p = 0; p < kParts; ++p)
+            total[which][m * N + n][p] = fma(fma(sums[m * N + n][p], scale, offset), widen(scales + m * c.groups * 32 + p * W),
+                                             total[which][m * N + n][p]);
+        }
       }
     }
-  for (int m = 0; m < 2; ++m)
-    for (int n = 0; n < N; ++n)
-      for (int p = 0; p < kParts; ++p) store(out[m] + (t + n) * out_stride + p * W, total[m][n][p]);
+  for (int which = 0; which < 2; ++which)
+    for (int m = 0; m < M; ++m)
+      for (int n = 0; n < N; ++n)
+        for (int p = 0; p < kParts; ++p) store(out[which] + (t + n) * out_stride + 16 * m + p * W, total[which][m * N + n][p]);
+}
+
+template <int kBits, int M>
+inline void coded_tokens(const Codes& c, int64_t block, const CodedInputs& x, int64_t tokens, float* const* out, int64_t out_stride) {
+  int64_t t = 0;
+  for (; t + 4 <= tokens; t += 4) coded_block<kBits, M, 4>(c, block, x, t, out, out_stride);
+  for (; t + 2 <= tokens; t += 2) coded_block<kBits, M, 2>(c, block, x, t, out, out_stride);
+  if (t < tokens) coded_block<kBits, M, 1>(c, block, x, t, out, out_stride);
 }
 
 template <int kBits>
 inline void coded_blocks(const Codes& c, int64_t first, int64_t blocks, const CodedInputs& x, int64_t tokens, float* gate, float* up,
                          int64_t out_stride) {
-  for (int64_t b = 0; b < blocks; ++b) {
-    float* out[2] = {gate + 16 * b, up + 16 * b};
-    int64_t t = 0;
-    for (; t + 4 <= tokens; t += 4) coded_block<kBits, 4>(c, first + b, x, t, out, out_stride);
-    for (; t + 2 <= tokens; t += 2) coded_block<kBits, 2>(c, first + b, x, t, out, out_stride);
-    if (t < tokens) coded_block<kBits, 1>(c, first + b, x, t, out, out_stride);
+  for (int64_t b = 0; b < blocks;) {
+    float* const out[2] = {gate + 16 * b, up + 16 * b};
+    if (tokens == 1 && b + 4 <= blocks) {
+      coded_block<kBits, 4, 1>(c, first + b, x, 0, out, out_stride);
+      b += 4;
+    } else {
+      coded_tokens<kBits, 1>(c, first + b, x, tokens, out, out_stride);
+      b += 1;
+    }
   }
 }
 

@@ -40,34 +40,34 @@ inline I dot16(const int8_t* w, const int16_t* x, I a) {
   return _mm256_add_epi32(a, _mm256_madd_epi16(wide, bytes32(x)));
 }
 
-// sums[t][half] = the codes of one group and 16 channels times the bytes of token t; `stride` bytes between tokens.
-template <int kBits, int N>
-inline void code_sums(const uint8_t* codes, int64_t group, const int8_t* x, int64_t stride, F (*sums)[16 / W]) {
+// sums[m * N + n][half] = a group of 16 channels' codes, at codes[m], times the bytes of token n; `stride` bytes between tokens.
+template <int kBits, int M, int N>
+inline void code_sums(const uint8_t* const* codes, int64_t group, const int8_t* x, int64_t stride, F (*sums)[16 / W]) {
   constexpr int kPer = 8 / kBits;
   const __m256i low = _mm256_set1_epi8((1 << kBits) - 1), ones = _mm256_set1_epi16(1);
-  for (int half = 0; half < 2; ++half) {
-    __m256i total[N];
-    for (int n = 0; n < N; ++n) total[n] = _mm256_setzero_si256();
-    const uint8_t* next = codes + 32 * half;
-    for (int64_t piece = 0; piece < group; piece += 32) {
-      __m256i words[N];
-      for (int n = 0; n < N; ++n) words[n] = _mm256_setzero_si256();
-      const int64_t end = piece + 32 < group ? piece + 32 : group;
-      for (int64_t at = piece; at < end; at += 4 * kPer, next += 64) {
-        const __m256i word = bytes32(next);
-        for (int s = 0; s < kPer; ++s) {
-          const __m256i code = _mm256_and_si256(s ? _mm256_srli_epi16(word, s * kBits) : word, low);
-          for (int n = 0; n < N; ++n) {
-            int32_t four;
-            __builtin_memcpy(&four, x + n * stride + at + 4 * s, 4);
-            words[n] = _mm256_add_epi16(words[n], _mm256_maddubs_epi16(code, _mm256_set1_epi32(four)));
+  for (int m = 0; m < M; ++m)
+    for (int half = 0; half < 2; ++half) {
+      __m256i total[N];
+      for (int n = 0; n < N; ++n) total[n] = _mm256_setzero_si256();
+      for (int64_t begin = 0; begin < group; begin += 32) {
+        __m256i words[N];
+        for (int n = 0; n < N; ++n) words[n] = _mm256_setzero_si256();
+        const int64_t end = begin + 32 < group ? begin + 32 : group;
+        for (int64_t at = begin; at < end; at += 4 * kPer) {
+          const __m256i word = bytes32(codes[m] + at / kPer * 16 + 32 * half);
+          for (int s = 0; s < kPer; ++s) {
+            const __m256i code = _mm256_and_si256(s ? _mm256_srli_epi16(word, s * kBits) : word, low);
+            for (int n = 0; n < N; ++n) {
+              int32_t four;
+              __builtin_memcpy(&four, x + n * stride + at + 4 * s, 4);
+              words[n] = _mm256_add_epi16(words[n], _mm256_maddubs_epi16(code, _mm256_set1_epi32(four)));
+            }
           }
         }
+        for (int n = 0; n < N; ++n) total[n] = _mm256_add_epi32(total[n], _mm256_madd_epi16(words[n], ones));
       }
-      for (int n = 0; n < N; ++n) total[n] = _mm256_add_epi32(total[n], _mm256_madd_epi16(words[n], ones));
+      for (int n = 0; n < N; ++n) sums[m * N + n][half] = _mm256_cvtepi32_ps(total[n]);
     }
-    for (int n = 0; n < N; ++n) sums[n][half] = _mm256_cvtepi32_ps(total[n]);
-  }
 }
 
 // bit i: keys[i] > t, for W keys

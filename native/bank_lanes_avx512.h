@@ -38,46 +38,40 @@ inline I dot16(const int8_t* w, const int16_t* x, I a) {
 #endif
 }
 
-// sums[t][channel] = the codes of one group and 16 channels times the bytes of token t; `stride` bytes between tokens.
-template <int kBits, int N>
-inline void code_sums(const uint8_t* codes, int64_t group, const int8_t* x, int64_t stride, F (*sums)[16 / W]) {
+// sums[m * N + n] = a group of 16 channels' codes, at codes[m], times the bytes of token n; `stride` bytes between tokens.
+template <int kBits, int M, int N>
+inline void code_sums(const uint8_t* const* codes, int64_t group, const int8_t* x, int64_t stride, F (*sums)[16 / W]) {
   constexpr int kPer = 8 / kBits;
   const __m512i low = _mm512_set1_epi8((1 << kBits) - 1);
-  __m512i total[N];
-  for (int n = 0; n < N; ++n) total[n] = _mm512_setzero_si512();
-#if FALLOW_VNNI
-  for (int64_t at = 0; at < group; at += 4 * kPer, codes += 64) {
-    const __m512i word = _mm512_loadu_si512(codes);
-    for (int s = 0; s < kPer; ++s) {
-      const __m512i code = _mm512_and_si512(s ? _mm512_srli_epi16(word, s * kBits) : word, low);
-      for (int n = 0; n < N; ++n) {
-        int32_t four;
-        __builtin_memcpy(&four, x + n * stride + at + 4 * s, 4);
-        total[n] = _mm512_dpbusd_epi32(total[n], code, _mm512_set1_epi32(four));
-      }
-    }
-  }
-#else
-  const __m512i ones = _mm512_set1_epi16(1);
-  for (int64_t piece = 0; piece < group; piece += 32) {
-    __m512i words[N];
-    for (int n = 0; n < N; ++n) words[n] = _mm512_setzero_si512();
-    const int64_t end = piece + 32 < group ? piece + 32 : group;
-    for (int64_t at = piece; at < end; at += 4 * kPer, codes += 64) {
-      const __m512i word = _mm512_loadu_si512(codes);
-      for (int s = 0; s < kPer; ++s) {
-        const __m512i code = _mm512_and_si512(s ? _mm512_srli_epi16(word, s * kBits) : word, low);
-        for (int n = 0; n < N; ++n) {
-          int32_t four;
-          __builtin_memcpy(&four, x + n * stride + at + 4 * s, 4);
-          words[n] = _mm512_add_epi16(words[n], _mm512_maddubs_epi16(code, _mm512_set1_epi32(four)));
+  __m512i total[M * N];
+  for (int i = 0; i < M * N; ++i) total[i] = _mm512_setzero_si512();
+  const auto each = [&](int64_t begin, int64_t end, const auto& accumulate) {
+    for (int64_t at = begin; at < end; at += 4 * kPer)
+      for (int m = 0; m < M; ++m) {
+        const __m512i word = _mm512_loadu_si512(codes[m] + at / kPer * 16);
+        for (int s = 0; s < kPer; ++s) {
+          const __m512i code = _mm512_and_si512(s ? _mm512_srli_epi16(word, s * kBits) : word, low);
+          for (int n = 0; n < N; ++n) {
+            int32_t four;
+            __builtin_memcpy(&four, x + n * stride + at + 4 * s, 4);
+            accumulate(m * N + n, code, _mm512_set1_epi32(four));
+          }
         }
       }
-    }
-    for (int n = 0; n < N; ++n) total[n] = _mm512_add_epi32(total[n], _mm512_madd_epi16(words[n], ones));
+  };
+#if FALLOW_VNNI
+  each(0, group, [&](int i, __m512i code, __m512i four) { total[i] = _mm512_dpbusd_epi32(total[i], code, four); });
+#else
+  const __m512i ones = _mm512_set1_epi16(1);
+  for (int64_t begin = 0; begin < group; begin += 32) {
+    __m512i words[M * N];
+    for (int i = 0; i < M * N; ++i) words[i] = _mm512_setzero_si512();
+    each(begin, begin + 32 < group ? begin + 32 : group,
+         [&](int i, __m512i code, __m512i four) { words[i] = _mm512_add_epi16(words[i], _mm512_maddubs_epi16(code, four)); });
+    for (int i = 0; i < M * N; ++i) total[i] = _mm512_add_epi32(total[i], _mm512_madd_epi16(words[i], ones));
   }
 #endif
-  for (int n = 0; n < N; ++n) sums[n][0] = _mm512_cvtepi32_ps(total[n]);
+  for (int i = 0; i < M * N; ++i) sums[i][0] = _mm512_cvtepi32_ps(total[i]);
 }
 
 // bit i: keys[i] > t, for W keys

@@ -59,20 +59,21 @@ inline I dot16(const int8_t* w, const int16_t* x, const I& a) {
   return lanes<I>([&](int i) { return a.v[i] + w[2 * i] * x[2 * i] + w[2 * i + 1] * x[2 * i + 1]; });
 }
 
-// sums[t][half] = the codes of one group and 16 channels times the bytes of token t; `stride` bytes between tokens.
-template <int kBits, int N>
-inline void code_sums(const uint8_t* codes, int64_t group, const int8_t* x, int64_t stride, F (*sums)[16 / W]) {
+// sums[m * N + n][half] = a group of 16 channels' codes, at codes[m], times the bytes of token n; `stride` bytes between tokens.
+template <int kBits, int M, int N>
+inline void code_sums(const uint8_t* const* codes, int64_t group, const int8_t* x, int64_t stride, F (*sums)[16 / W]) {
   constexpr int kPer = 8 / kBits;
-  int32_t total[N][16] = {};
-  for (int64_t at = 0; at < group; at += 4 * kPer, codes += 64)
-    for (int s = 0; s < kPer; ++s)
-      for (int n = 0; n < N; ++n) {
-        const int8_t* four = x + n * stride + at + 4 * s;
-        for (int lane = 0; lane < 16; ++lane)
-          for (int b = 0; b < 4; ++b) total[n][lane] += ((codes[4 * lane + b] >> (s * kBits)) & ((1 << kBits) - 1)) * four[b];
-      }
-  for (int n = 0; n < N; ++n)
-    for (int half = 0; half < 2; ++half) sums[n][half] = lanes<F>([&](int i) { return float(total[n][W * half + i]); });
+  int32_t total[M * N][16] = {};
+  for (int i = 0; i < M * N; ++i)
+    for (int64_t at = 0; at < group; at += 4) {
+      const uint8_t* word = codes[i / N] + at / (4 * kPer) * 64;
+      const int8_t* four = x + i % N * stride + at;
+      const int shift = int(at / 4 % kPer) * kBits;
+      for (int lane = 0; lane < 16; ++lane)
+        for (int b = 0; b < 4; ++b) total[i][lane] += ((word[4 * lane + b] >> shift) & ((1 << kBits) - 1)) * four[b];
+    }
+  for (int i = 0; i < M * N; ++i)
+    for (int half = 0; half < 2; ++half) sums[i][half] = lanes<F>([&](int k) { return float(total[i][W * half + k]); });
 }
 
 // bit i: keys[i] > t, for W keys

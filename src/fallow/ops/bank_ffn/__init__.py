@@ -81,7 +81,8 @@ def rounded(w_FD: Tensor, *, bits: int = 4, group: int = 64) -> Tensor:
 
 
 def scores(x_TD: Tensor, predictor: Predictor, act: str) -> Tensor:
-    """fp32 [T, F]: what `bank_ffn` ranks channels by, in plain PyTorch.
+    """fp32 [T, F]: what `bank_ffn` ranks channels by, in plain PyTorch. (Of a quantized predictor without a tilt, F is
+    rounded up to 16.)
 
     Args:
         x_TD: [T, D], floating.
