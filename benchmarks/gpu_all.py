@@ -5,9 +5,9 @@
     python benchmarks/gpu_all.py --interpret-check    # no GPU: the gates only, through Triton's interpreter
 
 The figure is forward + backward of one layer ("smet": a whole training step; "ssd": an FFN), bf16, 4×2,048 tokens,
-selection included, against the fastest dense form found (eager, compiled, max-autotune). Forms run interleaved in one
-process, timed by CUDA events; a ratio is the median of ratios within a round. A red gate prints no ratio. A further op
-joins `BENCHES` with one row.
+selection included, against the fastest dense form found (eager, compiled, max-autotune); of "upcycle" it is decoding,
+an FFN of 1 to 8 tokens and a model's step. Forms run interleaved in one process, timed by CUDA events; a ratio is the
+median of ratios within a round. A red gate prints no ratio. A further op joins `BENCHES` with one row.
 Exit codes: 0 done, 1 a gate is red, 2 this machine cannot run it.
 """
 
@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 import gpu_smet
 import gpu_ssd
+import gpu_upcycle
 from gpu_gates import gate_subset_ffn
 from gpu_timing import SEQ_LEN, SEQUENCES, Row, Settings, Step, case_named, compile_options, interleave
 
@@ -205,6 +206,13 @@ BENCHES = [
     ),
     Bench(
         name="ssd", gate=gpu_ssd.gate_ssd, run=gpu_ssd.bench_ssd, break_even=gpu_ssd.break_even_by_form, rate="share"
+    ),
+    Bench(
+        name="upcycle",
+        gate=gpu_upcycle.gate_upcycle,
+        run=gpu_upcycle.bench_upcycle,
+        break_even=gpu_upcycle.break_even_by_form,
+        rate="tokens",
     ),
 ]
 

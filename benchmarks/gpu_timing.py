@@ -48,6 +48,22 @@ def interleave(forms: dict[str, Step], settings: Settings) -> Timing:
     return Timing({name: [a.elapsed_time(b) / 1e3 for a, b in pairs] for name, pairs in events.items()})
 
 
+def graphed(step: Step) -> Step:
+    """The step as a CUDA graph: without Python's time. Compiling and tuning come first."""
+    import torch
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
 def case_named(name: str) -> Case:
     """A case of `fallow.bench.steps` with this benchmark's tokens."""
     from fallow.bench.steps import CASES

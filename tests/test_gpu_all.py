@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -12,13 +13,16 @@ import pytest
 import torch
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu_all.py"
+needs_triton = pytest.mark.skipif(
+    find_spec("triton") is None, reason="triton is not installed (pip install 'fallow[gpu]')"
+)
 
 RED = f"""
 import runpy, sys
 import torch
 import fallow.bench.gate as gate
 gate.TOLERANCE = {{torch.float32: 0.0}}
-sys.argv = ["gpu_all.py", "--interpret-check"]
+sys.argv = ["gpu_all.py", "--interpret-check", "--only", sys.argv[1]]
 sys.path.insert(0, {str(SCRIPT.parent)!r})
 runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
 """
@@ -38,9 +42,65 @@ def test_without_a_gpu_it_exits_2_with_one_line():
     assert done.stdout == ""
 
 
-@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed (pip install 'fallow[gpu]')")
-def test_red_gate_exits_1_and_prints_no_ratio():
-    done = run("-c", RED, TRITON_INTERPRET="1")
+@needs_triton
+@pytest.mark.parametrize("bench", ["sat", "upcycle"])
+def test_red_gate_exits_1_and_prints_no_ratio(bench):
+    done = run("-c", RED, bench, TRITON_INTERPRET="1")
     assert done.returncode == 1, done.stderr
     assert "differs from naive" in done.stderr and "no speed is reported" in done.stderr
     assert "ideal" not in done.stdout and "passed" not in done.stdout
+
+
+@needs_triton
+def test_upcycles_gate_is_green_in_the_interpreter():
+    done = run(str(SCRIPT), "--interpret-check", "--only", "upcycle")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("passed") == 12 and "ideal" not in done.stdout
+
+
+UPCYCLE = f"""
+import sys
+sys.path.insert(0, {str(SCRIPT.parent)!r})
+import torch
+import gpu_upcycle, gpu_upcycle_decode
+from gpu_timing import Settings
+from gpu_upcycle_gate import SMALL
+from fallow.bench.flops import Shape
+from fallow.bench.harness import interleave
+from fallow.bench.steps import Case
+
+settings = Settings(device="cpu")
+gpu_upcycle.compile_options = lambda settings: {{"dense/eager": {{}}}}
+gpu_upcycle.LAYERS = 1
+for tokens in (1, 2):
+    forms, read = gpu_upcycle.ffn_forms(SMALL, tokens, settings)
+    whole, alive = 3 * SMALL.F * SMALL.D * 2, read["scores"]
+    assert alive == whole / 4 if tokens == 1 else whole / 4 < alive <= whole / 2, (tokens, alive, whole)
+    assert tokens > 1 or read["linear"] == alive + 2 * SMALL.rank * (SMALL.D + SMALL.F)
+    gpu_upcycle.ffn_rows(SMALL, tokens, interleave(forms, rounds=1, warm_up=0), read)
+case = Case("tiny", Shape(48, 128, 4, 2, 12, layers=2, vocab=300), 1, 8)
+forms, read, notes = gpu_upcycle_decode.decode_forms(case, "linear", settings, compiled=False)
+row = gpu_upcycle_decode.decode_row(case, "linear", interleave(forms, rounds=1), read, notes)
+assert row["forms_ms"].keys() == {{"dense/eager", "sparse/eager"}} == notes.keys()
+assert read["dense"] - read["sparse"] == 2 * 2 * 3 * 48 * 128 * 0.75 - 2 * 2 * 16 * (48 + 128)
+"""
+
+
+@needs_triton
+def test_upcycles_forms_run():
+    """Every form that a GPU would time, but for compilation and CUDA graphs."""
+    done = run("-c", UPCYCLE, TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("ideal") == 2 * 5 + 1
+
+
+def test_break_even_of_upcycle(monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    break_even_by_form = import_module("gpu_upcycle").break_even_by_form
+    rows = [
+        {"case": "ffn", "predictor": kind, "tokens": t, "ratio": r}
+        for kind, ratios in {"a": (2.0, 0.8), "b": (3.0, 1.5), "c": (0.9, 0.5)}.items()
+        for t, r in zip((1, 4), ratios, strict=True)
+    ]
+    found = break_even_by_form([*rows, {"case": "decode", "predictor": "a", "ratio": 1.7}])
+    assert found == {"ffn/a": pytest.approx(3.0), "ffn/b": 4.0, "ffn/c": None}
