@@ -4,8 +4,9 @@
 
 `loading` reads the folders, `analysis` compares the arms, `doubts` says what to hold against that, `wording` what was
 found, `figures` decides what is drawn, `charts`, `bars` and `svg` draw it, `view` fills the tables, `memory` has bars
-and table of what the model's state weighs, `insight` what a switching run saw of itself, `page.html` lays all of it
-out. Everything is inline: the page opens without a network, from a mail attachment, years later.
+and table of what the model's state weighs, `insight` what a switching run saw of itself, `upcycle` what a model served
+sparse reads less and loses, `diagnosis` which layer breaks long context, `page.html` lays all of it out. Everything is
+inline: the page opens without a network, from a mail attachment, years later.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def build_report(run_dirs: Iterable[Path]) -> Report:
     """
     from markupsafe import Markup
 
-    from fallow.report import figures, insight, memory, summary, view, wording
+    from fallow.report import diagnosis, figures, insight, memory, summary, upcycle, view, wording
 
     loaded = _load(run_dirs)
     comparison = compare(loaded)
@@ -69,8 +70,12 @@ def build_report(run_dirs: Iterable[Path]) -> Report:
     drawn += [figures.time_figure(comparison)]
     drawn += filter(None, [figures.schedule_figure(comparison), memory.memory_figure(comparison)])
     insights = insight.blocks(comparison)
-    layers = figures.layer_figures(comparison, besides={block.arm for block in insights})
-    for figure in (*drawn, *layers, *(figure for block in insights for figure in block.figures)):
+    diagnoses = diagnosis.blocks(comparison)
+    upcycled = upcycle.section(comparison, first=first.arm)
+    told = [*insights, *(upcycled.blocks if upcycled else [])]
+    layers = figures.layer_figures(comparison, besides={block.arm for block in told})
+    maps = [figure for found in diagnoses for figure in found.maps]
+    for figure in (*drawn, *layers, *maps, *(figure for block in told for figure in block.figures)):
         # Our own drawing: what texts it holds were escaped where they entered it.
         figure.body = Markup(figure.body)
     differing, every = view.settings(comparison)
@@ -79,7 +84,7 @@ def build_report(run_dirs: Iterable[Path]) -> Report:
         title=_title(loaded.runs),
         headline=first,
         verdicts=wording.verdicts(comparison),
-        key_figures=view.key_figures(comparison, first.arm),
+        key_figures=upcycle.key_figures(comparison, first.arm) or view.key_figures(comparison, first.arm),
         columns=view.ARM_COLUMNS,
         arms=view.arm_rows(comparison),
         baseline=comparison.baseline,
@@ -90,6 +95,8 @@ def build_report(run_dirs: Iterable[Path]) -> Report:
         kinds=view.kinds_of_sparsity(comparison),
         memory=memory.memory_table(comparison),
         insights=insights,
+        upcycled=upcycled,
+        diagnoses=diagnoses,
         differing=differing,
         every=every,
         facts=view.facts(loaded.runs),

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from fallow.report.loading import Loaded, Run, lookup, number
+from fallow.report.loading import SERVED_SPARSE, Loaded, Run, lookup, number
 
 SAME_LOSS = 0.002
 """Nats: two losses closer than this are called the same (ours: about the evaluation noise of one seed)."""
@@ -57,12 +57,14 @@ class Arm:
     tokens_per_second: Spread | None
     """Over the whole training, evaluation and checkpoints left out."""
     loss: Spread | None
-    """Evaluation loss at the end, nats per token."""
+    """Evaluation loss at the end, nats per token, computed as the model will be served."""
     peak_memory_mb: Spread | None
     train_seconds: Spread | None
     tokens: Spread | None
     sparse_loss: Spread | None = None
-    """`loss` computed sparse, of a model that can be served both ways."""
+    """The loss computed sparse, of a model that can be served both ways."""
+    dense_loss: Spread | None = None
+    """The loss computed dense, of a model that is made to be served sparse: there `loss` is `sparse_loss`."""
     state_bytes: Spread | None = None
     """Bytes of the model's state in an optimizer step: weights, gradients, optimizer, topology."""
     ratio: Spread | None = None
@@ -78,6 +80,16 @@ class Arm:
     def status(self) -> str:
         """`finished` only when every repeat is."""
         return next((run.status for run in self.runs if run.status != "finished"), "finished")
+
+    @property
+    def for_serving(self) -> bool:
+        """Made to be served sparse: what it gains is not in training, so no race against seconds judges it."""
+        return self.method in SERVED_SPARSE
+
+    @property
+    def aside(self) -> bool:
+        """A control that nothing serves: channels chosen by chance, by the answer itself, or by a threshold."""
+        return self.for_serving and lookup(self.runs[0].info, "method", "selection") not in (None, "predictor")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -187,7 +199,7 @@ def _grouped(runs: Iterable[Run]) -> list[tuple[str, list[Run]]]:
 def _arm(name: str, runs: list[Run]) -> Arm:
     return Arm(
         name=name,
-        label=name.upper() if name in ("sat", "smet", "ssd") else name,
+        label=method_label(name) if name in ("sat", "smet", "ssd", "upcycle") else name,
         runs=runs,
         method=runs[0].method,
         tokens_per_second=_spread(speed(run) for run in runs),
@@ -196,8 +208,14 @@ def _arm(name: str, runs: list[Run]) -> Arm:
         train_seconds=_spread(_last(run, "train_seconds", "seconds") for run in runs),
         tokens=_spread(_last(run, "tokens", "tokens") for run in runs),
         sparse_loss=_spread(number(run.info, "eval", "after", "sparse_loss") for run in runs),
+        dense_loss=_spread(run.evals[-1]["dense_loss"] for run in runs if run.served_sparse),
         state_bytes=_spread(number(run.info, "memory", "total") or None for run in runs),
     )
+
+
+def method_label(name: str) -> str:
+    """How the page writes a method: acronyms in capitals."""
+    return "Upcycle" if name == "upcycle" else name.upper()
 
 
 def _spread(values: Iterable[float | None]) -> Spread | None:

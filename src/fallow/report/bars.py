@@ -1,4 +1,4 @@
-"""Stacked bars of where time or memory went, per arm, and the map of layers over steps.
+"""Stacked bars of where time or memory went, per arm, the map of layers over steps, and columns by layer.
 
 The bars are HTML rather than SVG so that their text keeps its size on a phone; the map is one small drawing whose cells
 of equal shade share a path, because a rectangle per layer and step would weigh megabytes.
@@ -66,9 +66,11 @@ def layer_map(
     what: str,
     low: float = 0.0,
     tall: bool = False,
+    across_title: str = "step",
 ) -> str:
     """A rate per layer (rows, first layer on top) over steps (columns); `top` is the rate drawn in full colour, `low`
-    the one drawn faintest, `what` names the rate; `tall` fills the height of a chart beside it.
+    the one drawn faintest, `what` names the rate; `tall` fills the height of a chart beside it; `across_title` says
+    what `steps` count where they are no steps.
 
     Cells of one shade are one path, so that 30 layers × 48 columns cost a few kilobytes.
     """
@@ -96,14 +98,44 @@ def layer_map(
     marks = [
         svg.text(left - 6, upper + 10, "1", css="tick", anchor="end"),
         svg.text(left - 6, lower - 1, str(layers), css="tick", anchor="end"),
-        svg.text(left, lower + 15, str(steps[0]), css="tick"),
-        svg.text(right, lower + 15, str(steps[-1]), css="tick", anchor="end"),
-        svg.text((left + right) / 2, lower + 27, "step", css="title", anchor="middle"),
+        svg.text(left, lower + 15, f"{steps[0]:,}", css="tick"),
+        svg.text(right, lower + 15, f"{steps[-1]:,}", css="tick", anchor="end"),
+        svg.text((left + right) / 2, lower + 27, across_title, css="title", anchor="middle"),
         f'<text class="title" text-anchor="middle" transform="rotate(-90 10 {(upper + lower) / 2:.0f})" x="10" '
         f'y="{(upper + lower) / 2 + 4:.0f}">layer</text>',
     ]
-    label = escape(f"{name}: {what} per layer and step", quote=True)
+    label = escape(f"{name}: {what} per layer and {across_title}", quote=True)
     return (
         f'<svg class="map" role="img" aria-label="{label}" viewBox="0 0 {width:.0f} {height:.0f}">'
         f"{paths}{''.join(marks)}</svg>"
     )
+
+
+def layer_columns(name: str, colour: int, values: Sequence[float], *, top: float, unit: str) -> str:
+    """One column per layer, the first at the left, `top` filling the height; whole numbers, said over their columns
+    where they fit."""
+    width, height = 430.0, 246.0
+    left, upper, right, lower = 40.0, 22.0, width - 4, height - 36
+    across = (right - left) / len(values)
+    wide = min(across * 0.72, 46.0)
+    up = svg.Scale(low=0.0, high=top, start=lower, end=upper)
+    parts = []
+    for value in svg.ticks(0.0, top, 4):
+        at = up(value)
+        parts.append(f'<line class="grid" x1="{left}" x2="{right}" y1="{at:.1f}" y2="{at:.1f}"/>')
+        parts.append(svg.text(left - 6, at + 4, f"{value:.0f}", css="tick", anchor="end"))
+    every = -(-len(values) // 10)
+    for number, value in enumerate(values, start=1):
+        middle = left + (number - 0.5) * across
+        place = f'x="{middle - wide / 2:.1f}" width="{wide:.1f}" y="{up(value):.1f}" height="{lower - up(value):.1f}"'
+        words = f"<title>{escape(f'layer {number}: {value:.0f} {unit}')}</title>"
+        parts.append(f'<rect class="cell c{colour % COLOURS}" {place}>{words}</rect>')
+        if across > 19:
+            parts.append(svg.text(middle, up(value) - 5, f"{value:.0f}", css="tick", anchor="middle"))
+        if number % every == 0 or number == 1:
+            parts.append(svg.text(middle, lower + 15, str(number), css="tick", anchor="middle"))
+    parts.append(svg.text((left + right) / 2, lower + 31, "layer", css="title", anchor="middle"))
+    parts.append(svg.text(4, 11, unit, css="title"))
+    label = escape(f"{name}: {unit} by layer", quote=True)
+    view = f'viewBox="0 0 {width:.0f} {height:.0f}"'
+    return f'<svg class="map" role="img" aria-label="{label}" {view}>{"".join(parts)}</svg>'

@@ -56,6 +56,8 @@ class Axis:
     unit: str = ""
     decimals: int = 3
     """Of the values shown on hover."""
+    whole: bool = False
+    """Ticks at whole numbers only: layers, not lengths."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -199,6 +201,8 @@ def _axes(x: Axis, y: Axis, across: Scale, up: Scale) -> list[str]:
         words = svg.tick_text(value, values[1] - values[0] if len(values) > 1 else 1)
         parts.append(svg.text(across.start - 7, at + 4, words, css="tick", anchor="end"))
     values = svg.ticks(across.low / x.scale, across.high / x.scale, 5 if across.end - across.start > 320 else 4)
+    if x.whole:
+        values = sorted({float(round(v)) for v in values if across.low <= round(v) * x.scale <= across.high})
     for value in values:
         words = svg.tick_text(value, values[1] - values[0] if len(values) > 1 else 1)
         parts.append(svg.text(across(value * x.scale), up.start + 17, words, css="tick", anchor="middle"))

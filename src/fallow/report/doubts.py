@@ -39,7 +39,9 @@ def doubts(comparison: Comparison) -> list[str]:
             lines.append(f"{arm.label} {_state(unfinished[0])}; its figures are those up to its last logged step.")
     if comparison.baseline is not None and comparison.sparse:
         unread = [
-            arm.label for arm in comparison.sparse if arm.gap_seconds is None and arm.loss and comparison.baseline.loss
+            arm.label
+            for arm in comparison.sparse
+            if arm.gap_seconds is None and arm.loss and comparison.baseline.loss and not arm.for_serving
         ]
         if unread:
             lines.append(
@@ -48,6 +50,7 @@ def doubts(comparison: Comparison) -> list[str]:
             )
         lines += _drift_doubt(comparison)
         lines += _learning_rate_doubt(comparison)
+        lines += _upcycling_doubts(comparison)
         if max(len(arm.runs) for arm in comparison.arms) == 1:
             lines.append("One seed per arm: gaps of about 0.01 nats or less may be chance.")
     return lines
@@ -98,7 +101,8 @@ def _learning_rate_doubt(comparison: Comparison) -> list[str]:
     if baseline is None or not baseline.runs[0].train:
         return []
     lines = baseline.runs[0].train
-    finished = [arm for arm in comparison.sparse if arm.status == "finished" and arm.gap_seconds and not arm.control]
+    racing = [arm for arm in comparison.sparse if not arm.for_serving]
+    finished = [arm for arm in racing if arm.status == "finished" and arm.gap_seconds and not arm.control]
     rates = [(line["seconds"], rate) for line in lines if (rate := number(line, "lr")) is not None]
     ends = [points[-1][0] for arm in finished if (points := curve(arm.runs[0], "seconds"))]
     if not rates or not ends or min(ends) >= rates[-1][0]:
@@ -111,6 +115,33 @@ def _learning_rate_doubt(comparison: Comparison) -> list[str]:
         f"{then:.1e} on its way to {last:.1e}. A dense run planned for that time would do somewhat better; an arm with "
         "equal_seconds_to measures it."
     ]
+
+
+def _upcycling_doubts(comparison: Comparison) -> list[str]:
+    """What an upcycled arm had that its dense companion had not, and what no training run measures."""
+    arms = [arm for arm in comparison.sparse if arm.for_serving]
+    if not arms or comparison.baseline is None:
+        return []
+    base, lines = comparison.baseline.label, []
+    unmeasured = [arm.label for arm in arms if arm.dense_loss is None]
+    if unmeasured:
+        lines.append(
+            f"The loss computed sparse was not measured of {', '.join(unmeasured)}: what stands here is with all "
+            "channels, and says nothing of how it is served."
+        )
+    taught = [arm.label for arm in arms if number(arm.runs[0].info, "method", "distill")]
+    if taught:
+        lines.append(
+            f"{', '.join(taught)} also learned from the model as it was before training (distill); {base} learned from "
+            "the text alone. Part of a gap, either way, is that teacher's doing."
+        )
+    fitted = [f"{arm.label} ({fit:,.0f})" for arm in arms if (fit := number(arm.runs[0].info, "method", "fit_tokens"))]
+    if fitted:
+        lines.append(
+            f"Equal tokens does not count what predictors were fitted on before training: {', '.join(fitted)}, all "
+            "other weights frozen."
+        )
+    return lines
 
 
 def _state(status: str) -> str:

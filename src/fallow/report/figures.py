@@ -16,6 +16,9 @@ THIN_POINTS, HOVER_POINTS, MAP_COLUMNS, MOST_MARKS = 240, 120, 48, 200
 MEASURES = {"omit_ffn": ("FFN channels", "omitted"), "omit_heads": ("attention heads", "omitted")}
 """Rates per layer whose names need words: (of what, what the rate says). Others are called as they are logged."""
 
+BESIDES = ("distill", "hidden_loss", "predictor_loss")
+"""Settings above 0 with which a run's training loss has more in it than the text's: no curve beside held-out losses."""
+
 
 @dataclass(kw_only=True, slots=True)
 class Figure:
@@ -70,7 +73,11 @@ def loss_figures(comparison: Comparison) -> list[Figure]:
         series, x, y = _loss_series(comparison, axis)
         body = charts.line_chart(f"loss-{axis}", series, x, y)
         caption = "Ticks above the axis: the topology moved." if any(s.marks for s in series) else ""
-        figures.append(Figure(key=f"loss-{axis}", title=f"Loss against {words}", body=body, caption=caption))
+        mixed = [arm.label for arm in comparison.arms if any(number(arm.runs[0].info, "method", k) for k in BESIDES)]
+        if mixed:
+            caption += f" {', '.join(mixed)}: no thin line, as more than the text’s loss is trained on."
+        title = f"Loss against {words}"
+        figures.append(Figure(key=f"loss-{axis}", title=title, body=body, caption=caption.strip()))
     if comparison.baseline is None or len(comparison.arms) < 2:
         return figures
     base = comparison.baseline.label
@@ -105,6 +112,8 @@ def _loss_series(comparison: Comparison, axis: str) -> tuple[list[Series], Axis,
         series.append(Series(name=arm.label, colour=palette[arm.name], points=points, marked=True, low=low, high=high))
         series[-1].marks = _updates(arm.runs[0], axis)
         for run in arm.runs:
+            if any(number(run.info, "method", key) for key in BESIDES):
+                continue
             raw = [(line[axis], line["loss"]) for line in run.train]
             line = svg.thin_out(svg.smooth(raw, max(1, len(raw) // 25)), THIN_POINTS)
             series.append(Series(name=arm.label, colour=palette[arm.name], points=line, css="thin"))

@@ -19,6 +19,10 @@ from fallow.errors import DataError
 
 RUN_FILE, METRICS_FILE, COMPARE_FILE = "run.json", "metrics.jsonl", "compare.json"
 _NEEDED = {"train": ("step", "tokens", "seconds", "loss"), "eval": ("step", "tokens", "seconds", "loss")}
+_PLACE = {"prepare": "tokens"}
+"""What orders the lines of a kind; the others are ordered by their step."""
+SERVED_SPARSE = ("upcycle",)
+"""Methods whose model is made to be served sparse. Its loss computed so is what the page judges and calls its loss."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -34,9 +38,14 @@ class Run:
     train: list[dict[str, Any]] = field(default_factory=list)
     """Training lines in step order, each with finite step, tokens, seconds, loss."""
     evals: list[dict[str, Any]] = field(default_factory=list)
-    """Evaluation lines in step order."""
+    """Evaluation lines in step order. `loss` is as the model will be served, `dense_loss` beside it where that is
+    sparse."""
     layers: list[dict[str, Any]] = field(default_factory=list)
     """Per-layer omission lines in step order."""
+    prepared: list[dict[str, Any]] = field(default_factory=list)
+    """Lines of a first stage before step 0, in the order of their tokens."""
+    served_sparse: bool = False
+    """Whether `loss` in `evals` is the loss computed sparse."""
 
     @property
     def status(self) -> str:
@@ -158,13 +167,14 @@ def _load_run(path: Path, notes: list[str]) -> Run:
     else:
         notes.append(f"{path / METRICS_FILE}: missing; this run has no curves")
     _add_end_points(run)
+    _as_served(run)
     return run
 
 
 def _load_metrics(run: Run, notes: list[str]) -> None:
     """Fill the run's lines. A step logged twice (killed, resumed, done again) counts once, as last written."""
     source = run.path / METRICS_FILE
-    kinds: dict[str, dict[float, dict[str, Any]]] = {"train": {}, "eval": {}, "layers": {}}
+    kinds: dict[str, dict[float, dict[str, Any]]] = {"train": {}, "eval": {}, "layers": {}, "prepare": {}}
     unreadable: list[int] = []
     not_finite: list[int] = []
     try:
@@ -181,15 +191,16 @@ def _load_metrics(run: Run, notes: list[str]) -> None:
             unreadable.append(position)
             continue
         kind = entry.get("kind") if isinstance(entry, dict) else None
-        if kind not in kinds or not _finite(entry.get("step")):
+        place = _PLACE.get(str(kind), "step")
+        if kind not in kinds or not _finite(entry.get(place)):
             unreadable.append(position)
         elif all(_finite(entry.get(key)) for key in _NEEDED.get(kind, ())):
-            kinds[kind][entry["step"]] = entry
+            kinds[kind][entry[place]] = entry
         elif isinstance(entry.get("loss"), float) and not math.isfinite(entry["loss"]):
             not_finite.append(int(entry["step"]))
         else:
             unreadable.append(position)
-    run.train, run.evals, run.layers = ([lines[step] for step in sorted(lines)] for lines in kinds.values())
+    run.train, run.evals, run.layers, run.prepared = ([lines[at] for at in sorted(lines)] for lines in kinds.values())
     if unreadable:
         notes.append(f"{source}: {_count(unreadable, 'line')} could not be read and is left out ({_some(unreadable)})")
     if not_finite:
@@ -208,12 +219,20 @@ def _some(items: list[int]) -> str:
 
 def _add_end_points(run: Run) -> None:
     """The evaluations before and after training, where run.json has them and metrics.jsonl does not."""
-    before = number(run.info, "eval", "before", "loss")
-    if before is not None and not any(point["tokens"] == 0 for point in run.evals):
-        run.evals.insert(0, {"kind": "eval", "step": 0, "tokens": 0, "seconds": 0.0, "loss": before})
-    after = number(run.info, "eval", "after", "loss")
+    before, after = (lookup(run.info, "eval", when) for when in ("before", "after"))
+    if number(before, "loss") is not None and not any(point["tokens"] == 0 for point in run.evals):
+        run.evals.insert(0, {"kind": "eval", "step": 0, "tokens": 0, "seconds": 0.0} | before)
     tokens, seconds = number(run.info, "totals", "tokens"), number(run.info, "totals", "train_seconds")
-    if after is None or tokens is None or seconds is None or any(p["tokens"] >= tokens for p in run.evals):
+    if number(after, "loss") is None or tokens is None or seconds is None:
         return
-    step = number(run.info, "totals", "steps") or 0
-    run.evals.append({"kind": "eval", "step": step, "tokens": tokens, "seconds": seconds, "loss": after})
+    if not any(point["tokens"] >= tokens for point in run.evals):
+        step = number(run.info, "totals", "steps") or 0
+        run.evals.append({"kind": "eval", "step": step, "tokens": tokens, "seconds": seconds} | after)
+
+
+def _as_served(run: Run) -> None:
+    """Judge a model that is made to be served sparse by its loss computed sparse, wherever the run measured it."""
+    measured = [line for line in run.evals if number(line, "sparse_loss") is not None]
+    if run.method in SERVED_SPARSE and measured:
+        run.served_sparse = True
+        run.evals = [line | {"loss": line["sparse_loss"], "dense_loss": line["loss"]} for line in measured]

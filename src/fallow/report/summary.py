@@ -11,7 +11,11 @@ from fallow.report.doubts import doubts
 
 
 def summary(comparison: Comparison, notes: Sequence[str]) -> dict[str, Any]:
-    """Headline, baseline, every arm's figures, doubts and notes."""
+    """Headline, baseline, every arm's figures, doubts and notes.
+
+    `eval_loss` and the gaps are of the arm as `judged`: an upcycled one computed sparse, as it is served, all others
+    dense. `eval_loss_dense` is the other loss of the former, `eval_loss_sparse` of any that measured it.
+    """
     first = wording.headline(comparison)
 
     def spread(value: Spread | None) -> dict[str, Any] | None:
@@ -32,6 +36,8 @@ def summary(comparison: Comparison, notes: Sequence[str]) -> dict[str, Any]:
                 "speedup_tokens_per_second": spread(arm.ratio),
                 "eval_loss": spread(arm.loss),
                 "eval_loss_sparse": spread(arm.sparse_loss),
+                "eval_loss_dense": spread(arm.dense_loss),
+                "judged": "sparse" if arm.dense_loss else "dense",
                 "loss_gap_equal_tokens": spread(arm.gap_tokens),
                 "loss_gap_equal_seconds": spread(arm.gap_seconds),
                 "equal_seconds_control": arm.control,

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fallow.report import figures, wording
-from fallow.report.analysis import Arm, Comparison, Spread
+from fallow.report.analysis import Arm, Comparison, Spread, method_label
 from fallow.report.loading import Run, lookup, number
+from fallow.report.upcycle_data import read as upcycled
 
 NONE = "–"
 
@@ -58,14 +59,15 @@ def arm_rows(comparison: Comparison) -> list[dict[str, Any]]:
     rows = []
     for arm in comparison.arms:
         base = arm is comparison.baseline
+        judged = arm.method is not None and not arm.aside
         cells = [
             _cell(arm.tokens_per_second, wording.rate),
             Cell(value="baseline") if base else _cell(arm.ratio, wording.times),
             _loss_cell(arm),
-            Cell(value=NONE) if base else _gap_cell(arm.gap_tokens, judged=arm.method is not None),
+            Cell(value=NONE) if base else _gap_cell(arm.gap_tokens, judged=judged),
             Cell(value=NONE)
             if base
-            else _gap_cell(arm.gap_seconds, judged=arm.method is not None, control=arm.control),
+            else _gap_cell(arm.gap_seconds, judged=judged and not arm.for_serving, control=arm.control),
             _cell(arm.peak_memory_mb, wording.memory),
             _cell(arm.train_seconds, wording.duration),
         ]
@@ -82,7 +84,9 @@ def arm_rows(comparison: Comparison) -> list[dict[str, Any]]:
 
 
 def _about(arm: Arm) -> str:
-    words = [arm.method.upper() if arm.method else "dense"] if arm.label.lower() != (arm.method or "dense") else []
+    words = (
+        [method_label(arm.method) if arm.method else "dense"] if arm.label.lower() != (arm.method or "dense") else []
+    )
     if arm.method is not None:
         for key, what in (("omit", "of channels"), ("heads", "of heads")):
             rates = number(arm.runs[0].info, "method", key)
@@ -93,6 +97,8 @@ def _about(arm: Arm) -> str:
             words.append(f"keeps {density:.0%} of the weights")
         if number(arm.runs[0].info, "method", "experts"):
             words.append(wording.experts(arm.runs[0].info["method"]))
+    if (run := upcycled(arm.runs[0])) is not None:
+        words.append(f"{run.kept} channels, {'control' if arm.aside else f'{run.kind} predictor'}")
     if arm.tokens:
         words.append(f"{wording.tokens(arm.tokens.mean)} tokens")
     if len(arm.runs) > 1:
@@ -109,9 +115,11 @@ def _cell(spread: Spread | None, words: Callable[[float], str]) -> Cell:
 
 
 def _loss_cell(arm: Arm) -> Cell:
-    """The loss of the whole model and, where it can also be served sparse, that too."""
+    """The loss as the model will be served and, where it can be served both ways, the other."""
     cell = _cell(arm.loss, wording.loss)
-    if arm.sparse_loss is not None:
+    if arm.dense_loss is not None:
+        cell.note = f"{cell.note} sparse; {wording.loss(arm.dense_loss.mean)} all channels".strip()
+    elif arm.sparse_loss is not None:
         cell.note = f"{cell.note} {wording.loss(arm.sparse_loss.mean)} sparse".strip()
     return cell
 
@@ -159,7 +167,7 @@ def _change(ours: Spread | None, theirs: Spread | None, note: str) -> Cell | Non
 
 def kinds_of_sparsity(comparison: Comparison) -> set[str]:
     """What sparse arms do, for the page's explanations: `omit` parts of the step, `keep` some weights only,
-    compute `experts`."""
+    compute `experts`, `choose` channels to be served with."""
     found = set()
     for arm in comparison.sparse:
         run = arm.runs[0]
@@ -171,6 +179,8 @@ def kinds_of_sparsity(comparison: Comparison) -> set[str]:
             found.add("keep")
         if number(run.info, "method", "experts"):
             found.add("experts")
+        if arm.for_serving:
+            found.add("choose")
     return found or {"omit"}
 
 

@@ -1,7 +1,9 @@
 """Figures and findings in words: units a reader knows, and a headline that says plainly when sparsity lost.
 
 The headline is computed, never chosen by hand: it reports the sparse arm that did best at equal seconds, or at equal
-tokens where seconds do not overlap. The verdict falls on the loss at equal seconds: time is what the reader pays.
+tokens where seconds do not overlap. The verdict falls on the loss at equal seconds: time is what the reader pays. A
+model made to be served sparse is told by its bytes and its loss at equal tokens, and the verdict stays open: its gain
+is in serving, which training does not measure.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fallow.report.analysis import SAME_LOSS, Arm, Comparison, Spread, seconds_to_loss
+from fallow.report.upcycle_data import read as upcycled
 
 
 @dataclass(kw_only=True, slots=True)
@@ -19,7 +22,8 @@ class Verdict:
 
     arm: str
     outcome: str
-    """`won`, `lost`, `draw` or `open`: its loss against dense's at equal seconds; `control` for a dense arm."""
+    """`won`, `lost`, `draw` or `open`: its loss against dense's at equal seconds; `control` for a dense arm, and for
+    one that chooses channels as no model could be served."""
     title: str
     sentence: str
 
@@ -147,6 +151,8 @@ def _time_to_match(arm: Arm, baseline: Arm) -> str:
 
 def verdict(arm: Arm, baseline: Arm) -> Verdict:
     """The finding on one arm."""
+    if arm.for_serving:
+        return _served(arm, baseline)
     result = outcome(arm.gap_seconds)
     speed = times(arm.ratio.mean) if arm.ratio else None
     faster = arm.ratio is not None and arm.ratio.mean >= 1.005
@@ -173,6 +179,38 @@ def verdict(arm: Arm, baseline: Arm) -> Verdict:
     return Verdict(arm=arm.name, outcome=result, title=title, sentence=sentence(arm, baseline))
 
 
+def _served(arm: Arm, baseline: Arm) -> Verdict:
+    """Of a model made to be served sparse: what it reads less, and what that costs at equal tokens."""
+    run = upcycled(arm.runs[0])
+    reads, kept = (run.reads, run.kept) if run is not None else (None, "some")
+    title = f"{arm.label} computes {kept} channels per token"
+    if reads is not None:
+        title = f"{arm.label} reads {reads:.0%} of its feed-forward bytes per token"
+    if arm.aside and run is not None:
+        title = f"{arm.label} is a control: {kept} channels, chosen {run.chooser}"
+    cost = "what that costs in loss was not measured yet"
+    if arm.gap_tokens and arm.dense_loss:
+        cost = f"at equal tokens its loss is {_than(arm.gap_tokens)}"
+    text = []
+    if arm.loss and arm.dense_loss:
+        both = f"Computed sparse, as it is served, its held-out loss is {loss(arm.loss.mean)}"
+        both += f", with all channels {loss(arm.dense_loss.mean)}"
+        text.append(both + (f"; {baseline.label} ended at {loss(baseline.loss.mean)}." if baseline.loss else "."))
+    if arm.ratio:
+        ratio = f"It trained {times(arm.ratio.mean)} as many tokens per second as {baseline.label}"
+        text.append(f"{ratio}: in training upcycling saves nothing.")
+    if not arm.aside:
+        text.append(
+            "Its gain is speed when it is served: “fallow bench upcycle” measures it, “fallow generate” shows it."
+        )
+    return Verdict(
+        arm=arm.name,
+        outcome="control" if arm.aside else "open",
+        title=f"{title}; {cost}.",
+        sentence=" ".join(text) + _state(arm, baseline),
+    )
+
+
 def verdicts(comparison: Comparison) -> list[Verdict]:
     """One per arm that is measured against a baseline, best at equal seconds first, dense controls last."""
     baseline = comparison.baseline
@@ -182,9 +220,10 @@ def verdicts(comparison: Comparison) -> list[Verdict]:
     return [verdict(arm, baseline) for arm in sorted(others, key=_merit)]
 
 
-def _merit(arm: Arm) -> tuple[bool, bool, float]:
-    found = arm.gap_seconds or arm.gap_tokens
-    return arm.method is None, arm.gap_seconds is None, found.mean if found else float("inf")
+def _merit(arm: Arm) -> tuple[bool, bool, bool, float]:
+    found = arm.gap_tokens if arm.for_serving else arm.gap_seconds or arm.gap_tokens
+    unread = arm.gap_seconds is None and not arm.for_serving
+    return arm.method is None, arm.aside, unread, found.mean if found else float("inf")
 
 
 def headline(comparison: Comparison) -> Verdict:
@@ -193,6 +232,10 @@ def headline(comparison: Comparison) -> Verdict:
     sparse = [v for v in found if any(arm.name == v.arm for arm in comparison.sparse)]
     if sparse:
         best = sparse[0]
+        if all(arm.for_serving for arm in comparison.sparse):
+            served = sum(not arm.aside for arm in comparison.sparse)
+            others = f" Of {served} upcycled arms it lost least at equal tokens." if served > 1 else ""
+            return Verdict(arm=best.arm, outcome=best.outcome, title=best.title, sentence=best.sentence + others)
         if len(sparse) > 1:
             lost = sum(v.outcome == "lost" for v in sparse)
             won = sum(v.outcome == "won" for v in sparse)
@@ -211,7 +254,8 @@ def _alone(comparison: Comparison) -> Verdict:
     if first is None or last is None or len(arm.runs[0].evals) < 2:
         title = f"{arm.label} has no evaluation to show yet."
     else:
-        title = f"{arm.label} brought the evaluation loss from {loss(first)} to {loss(last)} nats."
+        served = ", computed sparse," if arm.dense_loss else ""
+        title = f"{arm.label} brought the evaluation loss{served} from {loss(first)} to {loss(last)} nats."
     text = ""
     if arm.tokens and arm.train_seconds and arm.tokens_per_second:
         read = f"{tokens(arm.tokens.mean)} tokens in {duration(arm.train_seconds.mean)}"
