@@ -280,8 +280,8 @@ def test_chosen_for_cuda_tensors_only():
         op.bank_mask(torch.zeros(1, 8), bank=4, keep=1, backend="triton")
 
 
-def compile_for_hopper(kernel: Any, constants: dict[str, Any], **options: int) -> Any:
-    """The kernel compiled for sm_90: bf16 x, weights and y, sizes that are multiples of 16; needs no GPU."""
+def compile_for_hopper(kernel: Any, constants: dict[str, Any], weights: str, **options: int) -> Any:
+    """The kernel compiled for sm_90: weights as said, x and y in bf16, sizes multiples of 16; needs no GPU."""
     import triton as language
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -289,7 +289,9 @@ def compile_for_hopper(kernel: Any, constants: dict[str, Any], **options: int) -
     fn = kernel if hasattr(kernel, "launch_metadata") else kernel.fn  # below the autotuner
     numbers = ("D", "F", "G", "Q", "R", "T", "banks", "keep", "slots", "total", "share", "parts")
     types = dict.fromkeys(numbers, "i32") | {"out": "*u8"}
-    types |= dict.fromkeys(("coef", "tilt", "z", "h", "part", "scale", "scores"), "*fp32")
+    types |= dict.fromkeys((n for n in fn.arg_names if n[:2] in ("w_", "v_", "u_")), weights)
+    floats = ("coef", "tilt", "z", "h", "part", "scale", "scores", "scale_gate", "scale_up", "scale_down")
+    types |= dict.fromkeys(floats, "*fp32")
     types |= dict.fromkeys(("live", "count", "words", "zero", "codes"), "*i32")
     known = {n: v for n, v in constants.items() if n in fn.arg_names}
     signature = {n: "constexpr" if n in known else types.get(n, "*bf16") for n in fn.arg_names}
@@ -312,13 +314,13 @@ def test_compiles_for_hopper():
 
     given = {"ACT": "silu", "SMOOTH": False, "BANK": 64, "BB": 64, "PLAIN": False, "STAGES": 3}
     given |= {"GROUP": 64, "BITS": 4, "J": 8, "BJ": 8, "TYPE": tl.bfloat16, "PRECISION": "ieee", "BT": 16}
-    given |= dict.fromkeys(("scale_gate", "scale_up", "scale_down"))
+    no_scales = dict.fromkeys(("scale_gate", "scale_up", "scale_down"))
     linear = {"v_up": None, "u_up": None, "SMOOTH": True}
     cases = [
         (select.mask_kernel, {}, []),
         (select.given_kernel, {"T": 2}, []),
         (select.thin_kernel, {"T": 1, "BR": 2, "BD": 512} | linear, ["cp.async"]),
-        (select.thin_kernel, {"T": 3, "BR": 2, "BD": 512}, ["cp.async"]),
+        (select.thin_kernel, {"T": 3, "BR": 2, "BD": 512}, ["cp.async"]),  # bilinear
         (select.factors_kernel, {"T": 1, "BR": 16} | linear, ["cp.async"]),
         (select.factors_kernel, {"T": 3, "BR": 16}, ["cp.async"]),
         (select.round_kernel, {}, []),
@@ -331,19 +333,26 @@ def test_compiles_for_hopper():
         (rows.sum_kernel, {"BP": 32, "BD": 128}, []),
     ]
     for kernel, constants, wanted in cases:
-        compiled = compile_for_hopper(kernel, given | constants, num_warps=4)
+        compiled = compile_for_hopper(kernel, given | no_scales | constants, "*bf16", num_warps=4)
         assert all(w in compiled.asm["ptx"] for w in wanted), constants
         assert compiled.metadata.shared <= 227 * 1024
+    for kernel, constants, _ in (cases[3], cases[5], *cases[9:13]):
+        compile_for_hopper(kernel, given | constants, "*i8", num_warps=4)
+        if kernel in (rows.inner_many_kernel, rows.down_many_kernel):
+            compile_for_hopper(kernel, given | no_scales | constants | {"TYPE": tl.float32}, "*fp32", num_warps=4)
 
 
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter has one tile")
 @needs_triton
 def test_tiles_leave_registers():
     """More tokens, smaller tiles; and one is always left."""
-    from triton import Config
+    from fallow.ops.bank_ffn.triton_select import codes_kernel, factors_kernel, thin_kernel
 
-    from fallow.ops.bank_ffn.triton_select import fitting
+    def left(kernel: Any, **given: int) -> int:
+        kernel.nargs = {}
+        return len(kernel.prune_configs({"grid": None, "warmup": False, **given}))
 
-    tiles = [Config({"BQ": size, "STAGES": 3}, num_warps=4) for size in (8, 16, 32)]
-    for tokens, left in ((1, 3), (4, 2), (8, 1), (64, 1)):
-        assert fitting(tiles, {}, T=tokens, BB=64) == tiles[:left]
-    assert fitting([Config({"BR": 1, "BD": 1024}, num_warps=4)], {}, T=8)
+    assert [left(codes_kernel, T=T, BB=64) for T in (1, 4, 8)] == [7, 5, 2]
+    assert [left(factors_kernel, T=T, BB=64) for T in (1, 4, 8)] == [6, 4, 2]
+    assert left(codes_kernel, T=8, BB=256) == left(factors_kernel, T=8, BB=256) == 1
+    assert left(thin_kernel, T=8) == 4

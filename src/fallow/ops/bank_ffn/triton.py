@@ -79,9 +79,7 @@ def bank_mask(scores_TF: Tensor, *, bank: int, keep: int) -> Tensor:
     if banks:
         BB = _power_of_2(bank)
         with torch.cuda.device_of(scores_TF):
-            mask_kernel[(banks,)](
-                scores_TF, out_TF.view(torch.uint8), banks, keep, BANK=bank, BB=BB, num_warps=_warps(BB)
-            )
+            mask_kernel[(banks,)](scores_TF, out_TF.view(torch.uint8), keep, BANK=bank, BB=BB, num_warps=_warps(BB))
     return out_TF
 
 

@@ -89,7 +89,7 @@ def settle(
 
 
 @triton.jit
-def mask_kernel(scores, out, banks, keep, BANK: tl.constexpr, BB: tl.constexpr):
+def mask_kernel(scores, out, keep, BANK: tl.constexpr, BB: tl.constexpr):
     """out[t, c] = whether c lives; one program per token and bank."""
     n = tl.program_id(0)
     first = n.to(tl.int64) * BANK
