@@ -46,6 +46,7 @@ class Block:
     sentence: str
     cards: list[Cell]
     charts: list[Figure]
+    first_stage: list[Figure]
     layers: Facts | None
     """Every layer in figures."""
     aside: bool
@@ -53,7 +54,7 @@ class Block:
 
     @property
     def figures(self) -> list[Figure]:
-        return self.charts
+        return [*self.charts, *self.first_stage]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -83,6 +84,7 @@ def section(comparison: Comparison, *, first: str) -> Section | None:
                 sentence=_sentence(arm, run, base),
                 cards=_cards(arm, run),
                 charts=drawing.figures(),
+                first_stage=drawing.fits(),
                 layers=_by_layer(run),
                 aside=arm.aside,
             )

@@ -41,7 +41,8 @@ class Drawing:
         self.per_step = (number(last, "tokens") or 1.0) / (number(last, "step") or 1.0)
 
     def figures(self) -> list[Figure]:
-        found = [self.losses(), self.gaps(), self.recall(), self.keep(), self.entropy(), self.dead(), *self.fits()]
+        """All but those of the first stage."""
+        found = [self.losses(), self.gaps(), self.recall(), self.keep(), self.entropy(), self.dead()]
         return [figure for figure in found if figure is not None]
 
     # -- over the run -------------------------------------------------------------------------------------------------
@@ -167,7 +168,8 @@ class Drawing:
 
     # -- the first stage ----------------------------------------------------------------------------------------------
 
-    def fits(self) -> list[Figure | None]:
+    def fits(self) -> list[Figure]:
+        """Recall while predictors were fitted, over tokens and layer by layer."""
         recall, loss = self.run.fitted("recall"), self.run.fitted("loss")
         rows = recall[:: -(-len(recall) // HOVER_POINTS)] if recall else []
         series = self._line("recall", self.own, [(float(at), mean(values)) for at, values in rows])
@@ -183,7 +185,8 @@ class Drawing:
         x = Axis(title="tokens fitted on", low=0.0, unit="tokens", decimals=0)
         y = Axis(title="recall (%)", scale=0.01, unit="%", decimals=1)
         chart = self._chart("fit", "First stage: fitting the predictors", [series], x, y, caption)
-        return [chart, self._map("First stage, layer by layer", recall)]
+        found = [chart, self._map("First stage, layer by layer", recall)]
+        return [figure for figure in found if figure is not None]
 
     def _map(self, title: str, rows: Rows) -> Figure | None:
         layers = max((len(values) for _, values in rows), default=0)

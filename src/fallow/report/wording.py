@@ -15,6 +15,11 @@ from typing import Any
 from fallow.report.analysis import SAME_LOSS, Arm, Comparison, Spread, seconds_to_loss
 from fallow.report.upcycle_data import read as upcycled
 
+SERVED = (
+    "In training upcycling saves nothing: its gain is speed when the model is served, which “fallow bench upcycle” "
+    "measures and “fallow generate” shows."
+)
+
 
 @dataclass(kw_only=True, slots=True)
 class Verdict:
@@ -191,18 +196,14 @@ def _served(arm: Arm, baseline: Arm) -> Verdict:
     cost = "what that costs in loss was not measured yet"
     if arm.gap_tokens and arm.dense_loss:
         cost = f"at equal tokens its loss is {_than(arm.gap_tokens)}"
+        cost += "" if outcome(arm.gap_tokens) == "draw" else f" than {baseline.label}’s"
     text = []
     if arm.loss and arm.dense_loss:
         both = f"Computed sparse, as it is served, its held-out loss is {loss(arm.loss.mean)}"
         both += f", with all channels {loss(arm.dense_loss.mean)}"
         text.append(both + (f"; {baseline.label} ended at {loss(baseline.loss.mean)}." if baseline.loss else "."))
     if arm.ratio:
-        ratio = f"It trained {times(arm.ratio.mean)} as many tokens per second as {baseline.label}"
-        text.append(f"{ratio}: in training upcycling saves nothing.")
-    if not arm.aside:
-        text.append(
-            "Its gain is speed when it is served: “fallow bench upcycle” measures it, “fallow generate” shows it."
-        )
+        text.append(f"It trained {times(arm.ratio.mean)} as many tokens per second as {baseline.label}.")
     return Verdict(
         arm=arm.name,
         outcome="control" if arm.aside else "open",
@@ -235,7 +236,8 @@ def headline(comparison: Comparison) -> Verdict:
         if all(arm.for_serving for arm in comparison.sparse):
             served = sum(not arm.aside for arm in comparison.sparse)
             others = f" Of {served} upcycled arms it lost least at equal tokens." if served > 1 else ""
-            return Verdict(arm=best.arm, outcome=best.outcome, title=best.title, sentence=best.sentence + others)
+            text = f"{best.sentence} {SERVED}{others}".strip()
+            return Verdict(arm=best.arm, outcome=best.outcome, title=best.title, sentence=text)
         if len(sparse) > 1:
             lost = sum(v.outcome == "lost" for v in sparse)
             won = sum(v.outcome == "won" for v in sparse)
