@@ -1,7 +1,7 @@
 // y = the sum over living channels of gate(s) act(x . w_gate) (x . w_up) w_down for up to 8 tokens, where the predictor's scores s choose
 // `keep` of every `bank` channels. One parallel region: V x, a barrier, then chunks of banks that threads take one after the other
-// (scores, the best of each bank, living rows into a y of the chunk's own), a barrier, and the sum of the y's. Chunks do not depend on
-// the number of threads (up to 8), so neither do the bits of y.
+// (scores, the best of each bank, living rows into a y of the chunk's own), a barrier, and the sum of the y's. Chunks shrink towards the
+// end, so that threads finish together, and do not depend on the number of threads (up to 8), so neither do the bits of y.
 // A chunk's scores come before its rows: its part of the predictor is one stream through memory, and the addresses of all rows are
 // known ahead. Bound by memory: keep/bank of the FFN's bytes plus the predictor's. A dense GEMM per half and a mask read all of them.
 #include <cstdlib>
@@ -83,18 +83,25 @@ int64_t input_bytes(int type) { return type == kInt8 ? 2 : 4; }
 struct Plan {
   const Call& c;
   const Kernels& k;
-  int64_t unit, units, chunks, most_live, y_stride;
-  int halves;  // factors of the predictor: 0, 1 or 2 pairs
+  int64_t unit, most_live, y_stride;
+  std::vector<int64_t> starts;  // of chunks, in units, and the end of the last
+  int halves;                   // factors of the predictor: 0, 1 or 2 pairs
 
   Plan(const Call& c) : c(c), k(kernels(c.level)) {
     unit = c.bank;
     while (unit < kWindow || (c.kind == kQuantized && unit % 16)) unit += c.bank;
-    units = ceil_div(c.channels, unit);
-    chunks = std::min<int64_t>(units, std::max(16, 2 * c.n_threads));
-    most_live = ceil_div(units, chunks) * (unit / c.bank) * c.keep * c.tokens;
+    const int64_t units = ceil_div(c.channels, unit), share = std::max(8, c.n_threads), most = ceil_div(units, 2 * share);
+    const int64_t least = ceil_div(units, 8 * share);
+    starts.push_back(0);
+    while (starts.back() < units) {
+      const int64_t left = units - starts.back();
+      starts.push_back(starts.back() + std::min(left, std::max(least, std::min(most, left / share))));
+    }
+    most_live = most * (unit / c.bank) * c.keep * c.tokens;
     y_stride = padded(c.width);
     halves = c.kind == kLinear ? 1 : c.kind == kBilinear ? 2 : 0;
   }
+  int64_t chunks() const { return int64_t(starts.size()) - 1; }
   Rows factor(int i) const { return {c.factors[i], c.factor_scales[i], i % 2 ? c.rank : c.width, c.factor_type}; }
   Codes codes() const {
     return {static_cast<const uint8_t*>(c.factors[0]), static_cast<const bf16*>(c.factors[1]), c.groups, c.group, c.bits};
@@ -191,9 +198,8 @@ struct Worker {
   }
 
   void chunk(int64_t number, float* y) {
-    const int64_t begin = number * p.units / p.chunks, end = (number + 1) * p.units / p.chunks;
     int64_t count = 0;
-    for (int64_t u = begin; u < end; ++u) {
+    for (int64_t u = p.starts[number]; u < p.starts[number + 1]; ++u) {
       const int64_t first = u * p.unit, n = std::min(p.unit, c.channels - first);
       score(first, n);
       count = choose(first, n, count);
@@ -209,8 +215,8 @@ void run(const Call& c) {
   const Plan p(c);
   const int64_t T = c.tokens, part = T * p.y_stride;
   Arena& arena = shared_arena();
-  arena.reserve(Arena::bytes<float>(2 * T * c.rank) + Arena::bytes<float>(p.chunks * part));
-  float *z = arena.take<float>(2 * T * c.rank), *parts = arena.take<float>(p.chunks * part);
+  arena.reserve(Arena::bytes<float>(2 * T * c.rank) + Arena::bytes<float>(p.chunks() * part));
+  float *z = arena.take<float>(2 * T * c.rank), *parts = arena.take<float>(p.chunks() * part);
   std::atomic<int64_t> next_rows{0}, next_chunk{0};
   with_team(c.n_threads, [&](Team& team, int thread) {
     Worker w(p);
@@ -225,12 +231,12 @@ void run(const Call& c) {
       team.wait();
       for (int i = 0; i < p.halves; ++i) p.k.prepare(c.factor_type, z + i * T * c.rank, c.rank, T, w.z[i]);
     }
-    for (int64_t i; (i = next_chunk++) < p.chunks;) w.chunk(i, parts + i * part);
+    for (int64_t i; (i = next_chunk++) < p.chunks();) w.chunk(i, parts + i * part);
     team.wait();
     const int64_t blocks = p.y_stride / kPad, begin = thread * blocks / team.size * kPad, end = (thread + 1) * blocks / team.size * kPad;
     const int64_t bytes = c.x_bf16 ? 2 : 4;
     for (int64_t t = 0; t < T && begin < end; ++t)
-      p.k.collect(c.type, parts + t * p.y_stride, p.chunks, part, c.width, begin, end, static_cast<char*>(c.y) + t * c.width * bytes, c.x_bf16);
+      p.k.collect(c.type, parts + t * p.y_stride, p.chunks(), part, c.width, begin, end, static_cast<char*>(c.y) + t * c.width * bytes, c.x_bf16);
   });
 }
 
