@@ -60,7 +60,7 @@ def test_a_run_fits_then_trains_and_leaves_what_was_measured(tmp_path: Path) -> 
     insight = record["insight"]
     assert insight["keep"] == [4, 4]
     assert insight["fits"] == [{k: v for k, v in e.items() if k != "kind"} for e in fitted]
-    assert [look["step"] for look in insight["looks"]] == [0, 6, 12, 18]
+    assert [look["step"] for look in insight["looks"]] == [0, 6, 12, 18, 24]
     for look in insight["looks"]:
         assert all(0 < r <= 1 for r in (*look["recall"], *look["random"]))
         assert look["selected"] == pytest.approx([0.25, 0.25])

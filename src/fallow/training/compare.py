@@ -84,6 +84,7 @@ def compare(
 def table(run_name: str, records: dict[str, dict[str, Any]], curves: dict[str, Curve], baseline: str) -> dict[str, Any]:
     """compare.json from run.json records and held-out (seconds, loss) curves.
 
+    An arm that is made to be served sparse is judged by its loss computed sparse (`judged_sparse`).
     `loss_gap_equal_tokens` is None for an arm with other tokens than the baseline's, `loss_gap_equal_seconds` where the
     baseline's curve does not reach this arm's seconds. Positive gaps mean that the arm is worse.
     """
@@ -91,7 +92,8 @@ def table(run_name: str, records: dict[str, dict[str, Any]], curves: dict[str, C
     rows = []
     for name, record in records.items():
         t = record["totals"]
-        loss = record["eval"]["after"]["loss"]
+        both = record["eval"]["after"]
+        loss = both["sparse_loss"] if record.get("judged_sparse") else both["loss"]
         there = interpolate(curves[baseline], t["train_seconds"])
         same_tokens = t["tokens"] == base["totals"]["tokens"]
         base_rate = base["totals"]["tokens_per_second"]
@@ -99,6 +101,7 @@ def table(run_name: str, records: dict[str, dict[str, Any]], curves: dict[str, C
             {
                 "arm": name,
                 "eval_loss": loss,
+                "eval_loss_dense": both["loss"],
                 "tokens": t["tokens"],
                 "train_seconds": t["train_seconds"],
                 "tokens_per_second": t["tokens_per_second"],

@@ -118,6 +118,7 @@ class _Run:
             "command": command,
             "recipe": plain(recipe),
             "method": recipe.method_summary(),
+            "judged_sparse": bool(self.sparsity and self.sparsity.sparse_from_start),
             "model": model_facts,
             "data": {k: self.data.summary[k] for k in ("train_tokens", "eval_tokens", "files", "digest")},
             "machine": machine.describe(),

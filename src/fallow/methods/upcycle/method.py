@@ -84,6 +84,8 @@ class UpcycleMethod(Method):
             layer.stale()
             if step + 1 == total_steps:
                 layer.keep = final
+        if step + 1 == total_steps and self.config.monitor_every:
+            self.look(total_steps)
 
     def _draw(self, step: int, number: int) -> int:
         return (self.config.seed * 1_000_003 + step) * 1_009 + number
