@@ -17,6 +17,7 @@ struct Call {
   void* y;
   int64_t tokens, width, channels, bank, keep;
   const void *gate, *up, *down;
+  int64_t gate_stride, up_stride, down_stride;
   const float *gate_scale, *up_scale, *down_scale;
   const void* factors[4];  // V and U of the gate (or of the logits), V and U of up; codes and scales; or scores
   const float* factor_scales[4];
@@ -77,6 +78,8 @@ Arena& own_arena() {
 // Channels within which the living ones of one token come after those of another: rows that both want are still in the cache then.
 constexpr int64_t kWindow = 64;
 
+constexpr int64_t kSmallest = 128 << 10;  // bytes of living rows for which a chunk is worth its start
+
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t input_bytes(int type) { return type == kInt8 ? 2 : 4; }
 
@@ -91,18 +94,22 @@ struct Plan {
     unit = c.bank;
     while (unit < kWindow || (c.kind == kQuantized && unit % 16)) unit += c.bank;
     const int64_t units = ceil_div(c.channels, unit), share = std::max(8, c.n_threads), most = ceil_div(units, 2 * share);
-    const int64_t least = ceil_div(units, 8 * share);
+    const int64_t bytes = 3 * (unit / c.bank) * c.keep * c.width * (c.type == kInt8 ? 1 : c.type == kBf16 ? 2 : 4);
+    const int64_t least = std::max(ceil_div(units, 8 * share), ceil_div(kSmallest, bytes));
     starts.push_back(0);
     while (starts.back() < units) {
       const int64_t left = units - starts.back();
       starts.push_back(starts.back() + std::min(left, std::max(least, std::min(most, left / share))));
     }
-    most_live = most * (unit / c.bank) * c.keep * c.tokens;
+    most_live = std::max(least, most) * (unit / c.bank) * c.keep * c.tokens;
     y_stride = padded(c.width);
     halves = c.kind == kLinear ? 1 : c.kind == kBilinear ? 2 : 0;
   }
   int64_t chunks() const { return int64_t(starts.size()) - 1; }
-  Rows factor(int i) const { return {c.factors[i], c.factor_scales[i], i % 2 ? c.rank : c.width, c.factor_type}; }
+  Rows factor(int i) const {
+    const int64_t width = i % 2 ? c.rank : c.width;
+    return {c.factors[i], c.factor_scales[i], width, width, c.factor_type};
+  }
   Codes codes() const {
     return {static_cast<const uint8_t*>(c.factors[0]), static_cast<const bf16*>(c.factors[1]), c.groups, c.group, c.bits};
   }
@@ -206,7 +213,10 @@ struct Worker {
     }
     if (c.smooth) k.sigmoid2(coefficient, coefficient, count);
     std::memset(y, 0, size_t(c.tokens * p.y_stride) * sizeof(float));
-    const Ffn w{{c.gate, c.gate_scale, c.width, c.type}, {c.up, c.up_scale, c.width, c.type}, {c.down, c.down_scale, c.width, c.type}, c.act};
+    const Ffn w{{c.gate, c.gate_scale, c.width, c.gate_stride, c.type},
+                {c.up, c.up_scale, c.width, c.up_stride, c.type},
+                {c.down, c.down_scale, c.width, c.down_stride, c.type},
+                c.act};
     k.ffn(w, live, c.smooth ? coefficient : nullptr, count, inputs, y);
   }
 };

@@ -19,11 +19,11 @@ constexpr int64_t kPad = 64;     // inputs are padded with zeros to a multiple o
 constexpr int64_t kSpan = 256;   // inputs of an int8 dot product that share a scale
 constexpr int64_t kMostBank = 1024;
 
-// Rows of `width` entries; int8 ones have a scale each.
+// Rows of `width` entries, `stride` entries apart; int8 ones have a scale each.
 struct Rows {
   const void* data;
   const float* scale;
-  int64_t width;
+  int64_t width, stride;
   int type;
 };
 

@@ -80,16 +80,16 @@ inline void round(const float* x, int64_t width, int64_t tokens, const Codes& c,
 
 // ---- scores
 
-// Rows that follow one another: the next M come after these.
+// The next M rows come after these.
 template <class R, int M, int N>
-inline void dots_block(const typename R::T* first, int64_t width, const Inputs& x, int64_t t, float* out, int64_t out_stride) {
+inline void dots_block(const typename R::T* first, int64_t width, int64_t row_stride, const Inputs& x, int64_t t, float* out, int64_t out_stride) {
   const typename R::T *rows[M], *next[M];
   const typename R::Input* inputs[N];
   const float* scale[N];
   typename R::Sum sums[M][N];
   for (int m = 0; m < M; ++m) {
-    rows[m] = first + m * width;
-    next[m] = rows[m] + M * width;
+    rows[m] = first + m * row_stride;
+    next[m] = rows[m] + M * row_stride;
   }
   for (int n = 0; n < N; ++n) {
     inputs[n] = static_cast<const typename R::Input*>(x.data) + (t + n) * x.stride;
@@ -101,19 +101,19 @@ inline void dots_block(const typename R::T* first, int64_t width, const Inputs& 
 }
 
 template <class R, int M>
-inline void dots_rows(const typename R::T* first, int64_t width, const Inputs& x, int64_t tokens, float* out, int64_t out_stride) {
+inline void dots_rows(const typename R::T* first, const Rows& rows, const Inputs& x, int64_t tokens, float* out, int64_t out_stride) {
   int64_t t = 0;
-  for (; t + 4 <= tokens; t += 4) dots_block<R, M, 4>(first, width, x, t, out, out_stride);
-  for (; t + 2 <= tokens; t += 2) dots_block<R, M, 2>(first, width, x, t, out, out_stride);
-  if (t < tokens) dots_block<R, M, 1>(first, width, x, t, out, out_stride);
+  for (; t + 4 <= tokens; t += 4) dots_block<R, M, 4>(first, rows.width, rows.stride, x, t, out, out_stride);
+  for (; t + 2 <= tokens; t += 2) dots_block<R, M, 2>(first, rows.width, rows.stride, x, t, out, out_stride);
+  if (t < tokens) dots_block<R, M, 1>(first, rows.width, rows.stride, x, t, out, out_stride);
 }
 
 template <class R>
 inline void dots_of(const Rows& rows, int64_t first, int64_t count, const Inputs& x, int64_t tokens, float* out, int64_t out_stride) {
-  const auto* data = static_cast<const typename R::T*>(rows.data) + first * rows.width;
+  const auto* data = static_cast<const typename R::T*>(rows.data) + first * rows.stride;
   int64_t r = 0;
-  for (; r + 4 <= count; r += 4) dots_rows<R, 4>(data + r * rows.width, rows.width, x, tokens, out + r, out_stride);
-  for (; r < count; ++r) dots_rows<R, 1>(data + r * rows.width, rows.width, x, tokens, out + r, out_stride);
+  for (; r + 4 <= count; r += 4) dots_rows<R, 4>(data + r * rows.stride, rows, x, tokens, out + r, out_stride);
+  for (; r < count; ++r) dots_rows<R, 1>(data + r * rows.stride, rows, x, tokens, out + r, out_stride);
   if (rows.scale)
     for (int64_t t = 0; t < tokens; ++t)
       for (r = 0; r < count; ++r) out[t * out_stride + r] *= rows.scale[first + r];

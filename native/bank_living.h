@@ -14,6 +14,8 @@ struct Living {
   const Inputs& x;
   float* y;
 
+  static const T* row(const Rows& of, int64_t i) { return static_cast<const T*>(of.data) + i * of.stride; }
+
   // The living channels from `at` on that go together: `n` of them, filled up with the first.
   struct Group {
     int64_t at, n;
@@ -23,10 +25,10 @@ struct Living {
     Group g{at, 0, {}};
     while (g.n < kGroup && at + g.n < count && live[at + g.n].token == live[at].token) ++g.n;
     for (int k = 0; k < kGroup && g.n > 0; ++k) {
-      const int64_t offset = live[k < g.n ? at + k : at].channel * w.gate.width;
-      g.rows[k] = static_cast<const T*>(w.gate.data) + offset;
-      g.rows[kGroup + k] = static_cast<const T*>(w.up.data) + offset;
-      g.rows[2 * kGroup + k] = static_cast<const T*>(w.down.data) + offset;
+      const int64_t channel = live[k < g.n ? at + k : at].channel;
+      g.rows[k] = row(w.gate, channel);
+      g.rows[kGroup + k] = row(w.up, channel);
+      g.rows[2 * kGroup + k] = row(w.down, channel);
     }
     return g;
   }

@@ -60,6 +60,29 @@ def test_channel_contiguous():
     assert w.data_ptr() == address
 
 
+def test_side_by_side_in_place():
+    g = torch.Generator().manual_seed(0)
+    gate, up, down = (torch.nn.Parameter(torch.randn(*s, generator=g)) for s in ((64, 24), (64, 24), (24, 64)))
+    before = [w.detach().clone() for w in (gate, up, down)]
+    op.side_by_side_(gate, up, down)
+    for w, b in zip((gate, up, down), before, strict=True):
+        assert torch.equal(w, b) and w.is_leaf and w.requires_grad
+    address = gate.data_ptr()
+    assert [t.data_ptr() - address for t in (up, down)] == [4 * 24, 4 * 48]
+    assert gate.stride() == up.stride() == down.t().stride() == (72, 1)
+    op.side_by_side_(gate, up, down)
+    assert gate.data_ptr() == address, "already so"
+
+
+@native
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
+def test_side_by_side_gives_the_same_bits(dtype):
+    x, p, weights = make(3, 40, 192, dtype=dtype)
+    views = op.side_by_side(*weights)
+    assert op.tensor_of(views[0]).stride() == (120, 1)
+    assert torch.equal(run_cpu(x, p, list(views)), run_cpu(x, p, weights))
+
+
 @native
 def test_leading_dimensions_and_strides():
     x, p, weights = make(6, 40, 128, dtype=torch.bfloat16)

@@ -56,7 +56,9 @@ class BankCall(ctypes.Structure):
     _fields_ = (
         *((n, c_void_p) for n in ("x", "y")),
         *((n, c_int64) for n in ("tokens", "width", "channels", "bank", "keep")),
-        *((n, c_void_p) for n in ("gate", "up", "down", "gate_scale", "up_scale", "down_scale")),
+        *((n, c_void_p) for n in ("gate", "up", "down")),
+        *((n, c_int64) for n in ("gate_stride", "up_stride", "down_stride")),
+        *((n, c_void_p) for n in ("gate_scale", "up_scale", "down_scale")),
         ("factors", FourAddresses),
         ("factor_scales", FourAddresses),
         *((n, c_int64) for n in ("rank", "groups", "group")),

@@ -17,6 +17,7 @@ from torch import Tensor
 from fallow.errors import BackendError, ConfigError
 from fallow.ops.activation import ACTIVATIONS
 from fallow.ops.bank_ffn import cpu, naive, op, pack, triton
+from fallow.ops.bank_ffn.layout import channel_contiguous_, side_by_side, side_by_side_
 from fallow.ops.bank_ffn.pack import int8_rows, pack_factors, pack_quantized, unpack_quantized
 from fallow.ops.bank_ffn.select import Int8Rows, Predictor, Weight, check_bank, check_predictor, tensor_of
 
@@ -39,6 +40,8 @@ __all__ = [
     "pack_quantized",
     "rounded",
     "scores",
+    "side_by_side",
+    "side_by_side_",
     "unpack_quantized",
 ]
 
@@ -111,7 +114,7 @@ def bank_ffn(
         predictor: see `Predictor`.
         w_gate_FD, w_up_FD: [F, D], in the dtype of x, or all three `Int8Rows`.
         w_down_FD: [F, D], the *transposed* down projection. Kernels need rows that lie together: pass
-            `down_DF.t()` of a parameter laid out by `channel_contiguous_`.
+            `down_DF.t()` of a parameter laid out by `channel_contiguous_`, or for speed all three by `side_by_side_`.
         act: "relu", "relu2", "silu", "gelu" or "gelu_tanh".
         bank, keep: of every `bank` consecutive channels `keep` live; `bank` divides F.
         backend: "naive", "cpu" or "triton"; None takes the first that can run these arguments.
@@ -149,15 +152,6 @@ def run(
     last_used = module.name
     y_TD = module.bank_ffn(x_TD, predictor, w_gate_FD, w_up_FD, w_down_FD, act=act, bank=bank, keep=keep)
     return y_TD.view(x.shape)
-
-
-def channel_contiguous_(down: Tensor) -> None:
-    """Lay out a down projection [D, F], a parameter, channel by channel in memory, so that `.t()` is contiguous.
-
-    Its shape, values and name stay; what was taken of its storage before (views, graphs) sees the old one.
-    """
-    if not down.t().is_contiguous():
-        down.data = down.data.t().contiguous().t()
 
 
 def _check(

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from fallow.ops import native
 from fallow.ops.activation import ACTIVATIONS
-from fallow.ops.bank_ffn.select import KINDS, Int8Rows, Predictor, Weight, tensor_of
+from fallow.ops.bank_ffn.select import KINDS, Int8Rows, Predictor, Weight
 
 name = "cpu"
 
 MOST_TOKENS, MOST_BANK = 8, 1024
 _ANY = -1
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+_INT8 = _TYPES[torch.int8]
 _KINDS = {kind: i for i, kind in enumerate(("linear", "bilinear", "quantized", "scores"))}
 _ACTS = {act: i for i, act in enumerate(ACTIVATIONS)}
 assert tuple(_KINDS) == KINDS
@@ -110,55 +111,46 @@ def bank_ffn(
     level: int = _ANY,
 ) -> Tensor:
     """Arguments as `fallow.ops.bank_ffn.bank_ffn`, x as [T, D]; `level` as in `bank_mask`."""
-    x_TD = x_TD.contiguous()
     T, D = x_TD.shape
+    x_TD = x_TD.contiguous()
     y_TD = torch.empty_like(x_TD)
     if T == 0:
         return y_TD
     kind, tensors, tilt_F, gate = predictor
-    held: list[Tensor] = []  # copies made here must outlive the call
-
-    def address(t: Tensor) -> int:
-        if not t.is_contiguous():
-            t = t.contiguous()
-            held.append(t)
-        return t.data_ptr()
-
-    weights = (w_gate_FD, w_up_FD, w_down_FD)
-    codes = [address(tensor_of(w)) for w in weights]
-    scales = [address(w.scale_F.float()) if isinstance(w, Int8Rows) else None for w in weights]
-    factors, factor_scales, rank, groups, group, bits, factor_type = [], [], 0, 0, 0, 0, 0
+    w = _Weights(w_gate_FD, w_up_FD, w_down_FD)
+    held = [t if t.is_contiguous() else t.contiguous() for t in tensors]  # copies must outlive the call
+    tilt = None if tilt_F is None else tilt_F.float().contiguous()
+    rank = groups = group = bits = factor_type = 0
+    scales: list[int] = []
     if kind == "quantized":
-        _, groups, _, bits, group = tensors[0].shape
+        _, groups, _, bits, group = held[0].shape
         group //= 2
     elif kind == "scores":
-        tensors = (tensors[0].float(),)
-        held.append(tensors[0])
+        held[0] = held[0].float()
     else:
-        rank, factor_type = tensors[0].shape[0], _TYPES[tensors[0].dtype]
-    if factor_type == _TYPES[torch.int8]:
-        factors, factor_scales = ([address(t) for t in part] for part in (tensors[::2], tensors[1::2]))
-    else:
-        factors = [address(t) for t in tensors]
-    four = native.FourAddresses
+        rank, factor_type = held[0].shape[0], _TYPES[held[0].dtype]
+    addresses = [t.data_ptr() for t in held]
+    if factor_type == _INT8:
+        addresses, scales = addresses[::2], addresses[1::2]
     call = native.BankCall(
         x_TD.data_ptr(),
         y_TD.data_ptr(),
         T,
         D,
-        tensor_of(w_up_FD).shape[0],
+        w.channels,
         bank,
         keep,
-        *codes,
-        *scales,
-        four(*factors),
-        four(*factor_scales),
+        *w.addresses,
+        *w.strides,
+        *w.scales,
+        native.FourAddresses(*addresses),
+        native.FourAddresses(*scales),
         rank,
         groups,
         group,
-        None if tilt_F is None else address(tilt_F),
+        None if tilt is None else tilt.data_ptr(),
         x_TD.dtype == torch.bfloat16,
-        _TYPES[tensor_of(w_up_FD).dtype],
+        w.type,
         _ACTS[act],
         _KINDS[kind],
         factor_type,
@@ -169,3 +161,15 @@ def bank_ffn(
     )
     native.library().fallow_bank_ffn(call)
     return y_TD
+
+
+class _Weights:
+    """The three weights by address; copies where entries of a row do not lie together."""
+
+    def __init__(self, *weights: Weight) -> None:
+        codes, scales = zip(*(w if isinstance(w, Int8Rows) else (w, None) for w in weights), strict=True)
+        self.held = [t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous() for t in codes]
+        self.channels, self.type = codes[1].shape[0], _TYPES[codes[1].dtype]
+        self.addresses = [t.data_ptr() for t in self.held]
+        self.strides = [t.stride(0) for t in self.held]
+        self.scales = [None if s is None else s.data_ptr() for s in scales]
