@@ -51,6 +51,32 @@ FALLOW_INLINE void join(const Lanes& even, const Lanes& odd, bf16* out) {
   for (int j = 0; j < 16; ++j) from_float(even[j], out + 2 * j), from_float(odd[j], out + 2 * j + 1);
 }
 
+// Sums that lie in the order of `spread`: a line of them, and all of them in their own order.
+template <class T>
+FALLOW_INLINE void load_two(const float* from, Lanes* first, Lanes* second) {
+  std::memcpy(first, from, 64);
+  if constexpr (kLine<T> > 16) std::memcpy(second, from + 16, 64);
+}
+template <class T>
+FALLOW_INLINE void store_two(const Lanes& first, const Lanes& second, float* to) {
+  std::memcpy(to, &first, 64);
+  if constexpr (kLine<T> > 16) std::memcpy(to + 16, &second, 64);
+}
+template <class Finish>
+FALLOW_INLINE void gather(const float* spread, int64_t n, float* out, const Finish& finish) {
+  for (int64_t i = 0; i < n; ++i) out[i] = finish(i, spread[i]);
+}
+template <class Finish>
+FALLOW_INLINE void gather(const float* spread, int64_t n, bf16* out, const Finish& finish) {
+  const int64_t whole = n / kLine<bf16> * kLine<bf16>;
+  for (int64_t base = 0; base < whole; base += 32)
+    for (int64_t j = 0; j < 16; ++j) {
+      from_float(finish(base + 2 * j, spread[base + j]), out + base + 2 * j);
+      from_float(finish(base + 2 * j + 1, spread[base + 16 + j]), out + base + 2 * j + 1);
+    }
+  for (int64_t i = whole; i < n; ++i) from_float(finish(i, spread[i]), out + i);
+}
+
 FALLOW_INLINE float total(const Lanes& v) {
   float part[16];
   std::memcpy(part, &v, 64);

@@ -40,11 +40,13 @@ def assert_close(name: str, found: torch.Tensor, truth: torch.Tensor, dtype: tor
     assert error < TOLERANCE[dtype], f"{name}: relative error {error:.1e}"
 
 
-def _linears(dtype, rows, width, sizes, seed=0):
+def _linears(dtype, rows, width, sizes, seed=0, by_inputs=()):
+    """Weights whose number is in `by_inputs` lie input by input in memory."""
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(*rows, width, generator=g).to(dtype)
     weights = [torch.randn(o, width, generator=g).to(dtype) for o in sizes]
     biases = [torch.randn(o, generator=g).to(dtype) if i % 2 else None for i, o in enumerate(sizes)]
+    weights = [w.t().contiguous().t() if i in by_inputs else w for i, w in enumerate(weights)]
     return x, weights, biases
 
 
@@ -58,17 +60,18 @@ def _doubled(x, weights, biases):
     rows=st.sampled_from([(1,), (1, 1), (2, 3), (8,), (7,)]),
     width=st.sampled_from([1, 15, 32, 33, 100, 576]),
     sizes=st.lists(st.integers(1, 70), min_size=1, max_size=4),
+    by_inputs=st.sets(st.integers(0, 3)),
     dtype=st.sampled_from(DTYPES),
 )
-def test_linears_equal_torch(rows, width, sizes, dtype):
-    given_ = _linears(dtype, rows, width, sizes)
+def test_linears_equal_torch(rows, width, sizes, by_inputs, dtype):
+    given_ = _linears(dtype, rows, width, sizes, by_inputs=by_inputs)
     truth = row_linear(*_doubled(*given_), backend="naive")
     assert_close("y", row_linear(*given_, backend="cpu"), truth, dtype)
 
 
 @needs_native
 def test_large_linears_are_shared_out_among_threads():
-    given_ = _linears(torch.bfloat16, (1,), 512, [3001, 257])
+    given_ = _linears(torch.bfloat16, (1,), 512, [3001, 2570, 257], by_inputs=(1,))
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:

@@ -110,6 +110,18 @@ def test_tokens_are_streamed_and_generation_stops_at_a_stop_token() -> None:
     assert decoder.generate(PROMPT, max_new_tokens=12).tokens == found.tokens, "an interrupted text leaves nothing"
 
 
+def test_a_text_can_be_rewound() -> None:
+    decoder = Decoder(made(), max_tokens=20, compiled=False)
+    decoder.prefill(PROMPT)
+    first = [decoder.step(t).clone() for t in (5, 6, 7)]
+    decoder.rewind(len(PROMPT) + 1)
+    torch.testing.assert_close(decoder.step(6), first[1])
+    torch.testing.assert_close(decoder.step(7), first[2])
+    for length in (0, 14):
+        with pytest.raises(ConfigError, match="rewind"):
+            decoder.rewind(length)
+
+
 def test_what_does_not_fit_is_refused() -> None:
     model = made()
     decoder = Decoder(model, max_tokens=12, compiled=False)

@@ -185,6 +185,16 @@ class Decoder:
         self._first = False
         return logits_V
 
+    def rewind(self, length: int) -> None:
+        """Forget all but the first `length` tokens of the text. Raises ConfigError: there are not so many."""
+        if not 0 < length <= self.length:
+            raise ConfigError(f"rewind: length={length} must be 1 to the {self.length} tokens read so far")
+        self.length = length
+        for layer in self._cache.layers:
+            if not isinstance(layer, StaticLayer):
+                raise ConfigError(f"rewind: a {type(layer).__name__} cannot forget; prefill again")
+            layer.cumulative_length.fill_(length)
+
     def _compiled_or_eager(self, token_11: Tensor) -> Tensor:
         """At its first call in a text Dynamo checks that model and mode are the graph's; later calls skip that."""
         if self._unguarded is not None:

@@ -30,7 +30,7 @@ def row_linear(
 
     Args:
         x: [..., I], floating.
-        weights: each [O_i, I], dtype of x.
+        weights: each [O_i, I], dtype of x; contiguous, or the transpose of something contiguous.
         biases: as many, each [O_i] or None.
         backend: "cpu" or "naive"; None takes the first that can run.
 

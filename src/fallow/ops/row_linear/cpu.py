@@ -16,7 +16,7 @@ name = "cpu"
 MOST_ROWS = 8
 """Rows of x up to which it serves; with more, blocked products win."""
 _DTYPES = (torch.bfloat16, torch.float32)
-_TABLES = [c_int64 * (4 * n) for n in range(17)]
+_TABLES = [c_int64 * (5 * n) for n in range(17)]
 
 
 @cache
@@ -25,7 +25,7 @@ def _function() -> tuple[Any, str]:
     if not ok:
         return None, reason
     try:
-        function = native.library().fallow_row_linear
+        function = native.library().fallow_row_linears
     except AttributeError:
         return None, "the compiled library is older than this package; reinstall fallow"
     function.argtypes = [c_void_p, c_int64, c_void_p, c_int64, c_int64, c_int, c_int]
@@ -50,8 +50,8 @@ def usable(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
     if len(weights) >= len(_TABLES):
         return False, f"more than {len(_TABLES) - 1} linears at once"
     for w in weights:
-        if w.dtype != dtype or w.device.type != "cpu" or not w.is_contiguous():
-            return False, "a weight that is not contiguous, or of another dtype or device than x"
+        if w.dtype != dtype or w.device.type != "cpu" or not (w.is_contiguous() or w.t().is_contiguous()):
+            return False, "a weight whose rows or columns do not lie together, or of another dtype or device than x"
     if any(b is not None and (b.dtype != dtype or not b.is_contiguous()) for b in biases):
         return False, "a bias of another dtype than x"
     return True, f"{torch.get_num_threads()} threads"
@@ -68,7 +68,8 @@ def row_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | N
     table = _TABLES[len(sizes)]()
     at, step = y.data_ptr(), rows * x.element_size()
     for i, (w, b, size) in enumerate(zip(weights, biases, sizes, strict=True)):
-        table[4 * i : 4 * i + 4] = (w.data_ptr(), 0 if b is None else b.data_ptr(), at, size)
+        by_inputs = not w.is_contiguous()
+        table[5 * i : 5 * i + 5] = (w.data_ptr(), 0 if b is None else b.data_ptr(), at, size, by_inputs)
         at += size * step
     bf16 = x.dtype == torch.bfloat16
     _function()[0](table, len(sizes), x.data_ptr(), rows, width, bf16, torch.get_num_threads())
