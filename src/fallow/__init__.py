@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from fallow.auto import tell_transformers
+
 if TYPE_CHECKING:
     from fallow.errors import FallowError as FallowError
     from fallow.exporting import export as export
@@ -52,3 +54,6 @@ def __getattr__(name: str) -> object:
 
 def __dir__() -> list[str]:
     return __all__
+
+
+tell_transformers()

@@ -240,7 +240,7 @@ def test_overwrite_replaces_an_export_and_nothing_else(tmp_path) -> None:
 
 def test_bad_use_names_the_mend(tmp_path) -> None:
     model, handle = made()
-    with pytest.raises(ConfigError, match="unknown target 'onnx'; targets: hf, packed, mixtral"):
+    with pytest.raises(ConfigError, match="unknown target 'onnx'; targets: hf, packed, fallow, mixtral"):
         fallow.export(model, tmp_path / "out", to="onnx")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"not a SMETMethod; a handle has it as \.model"):
         fallow.export(handle, tmp_path / "out")  # type: ignore[arg-type]

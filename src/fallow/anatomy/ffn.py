@@ -14,9 +14,19 @@ import torch
 from torch import Tensor, nn
 
 from fallow.anatomy.families import FFNLayout, activation_name
-from fallow.anatomy.linear import Linear, as_linear, out_dim, output_parameters, weight_OI, weight_parameter
+from fallow.anatomy.int8 import Int8Linear
+from fallow.anatomy.linear import (
+    Linear,
+    as_linear,
+    out_dim,
+    output_parameters,
+    shape_OI,
+    weight_OI,
+    weight_parameter,
+)
 from fallow.anatomy.slot import PassThrough, Slot
 from fallow.errors import ConfigError, UnsupportedModelError
+from fallow.ops.bank_ffn import Weight
 
 Forward = Callable[[Tensor], Tensor]
 
@@ -27,6 +37,17 @@ class FFNWeights(NamedTuple):
     w_gate_FD: Tensor | None
     w_up_FD: Tensor
     w_down_DF: Tensor
+    b_gate_F: Tensor | None
+    b_up_F: Tensor | None
+    b_down_D: Tensor | None
+
+
+class FFNRows(NamedTuple):
+    """The same as they are stored, a row per channel: tensors, or `Int8Rows` after `put_int8`."""
+
+    w_gate_FD: Weight | None
+    w_up_FD: Weight
+    w_down_FD: Weight
     b_gate_F: Tensor | None
     b_up_F: Tensor | None
     b_down_D: Tensor | None
@@ -108,12 +129,12 @@ class FFNView:
                 "gelu, gelu_tanh, relu and relu2: add it to ACTIVATIONS in anatomy/families.py and to ops/activation.py"
             )
         self.act = act
-        self.d_model, self.n_channels = weight_OI(self._part(layout.down)).shape
+        self.d_model, self.n_channels = shape_OI(self._part(layout.down))
         rows = self.n_channels * (2 if layout.fused else 1)
         for part in (p for p in (layout.gate, layout.up) if p):
-            if weight_OI(self._part(part)).shape != (rows, self.d_model):
+            if (shape := shape_OI(self._part(part))) != (rows, self.d_model):
                 raise UnsupportedModelError(
-                    f"{name}.{part} is {tuple(weight_OI(self._part(part)).shape)}, not {(rows, self.d_model)} as its "
+                    f"{name}.{part} is {shape}, not {(rows, self.d_model)} as its "
                     "down projection asks for; this is not the FFN that anatomy/families.py describes"
                 )
 
@@ -138,6 +159,23 @@ class FFNView:
             if b_up is not None:
                 b_gate, b_up = b_up[:F], b_up[F:]
         return FFNWeights(w_gate, w_up, weight_OI(down), b_gate, b_up, down.bias)
+
+    def rows(self) -> FFNRows:
+        """The weights as they are in the modules now, never copied."""
+        layout, F = self._layout, self.n_channels
+        up, down = self._part(layout.up), self._part(layout.down)
+        if not isinstance(up, Int8Linear) or not isinstance(down, Int8Linear):
+            w = self.weights()
+            return FFNRows(w.w_gate_FD, w.w_up_FD, w.w_down_DF.t(), *w[3:])
+        w_gate, w_up, b_gate, b_up = None, up.rows(), None, up.bias
+        if layout.gate:
+            gate = cast(Int8Linear, self._part(layout.gate))
+            w_gate, b_gate = gate.rows(), gate.bias
+        elif layout.fused:
+            w_gate, w_up = up.rows(0, F), up.rows(F)
+            if b_up is not None:
+                b_gate, b_up = b_up[:F], b_up[F:]
+        return FFNRows(w_gate, w_up, down.rows(), b_gate, b_up, down.bias)
 
     def parameters_along_channels(self) -> list[ChannelParam]:
         """Every parameter of which a channel owns rows, columns or entries; not the down projection's bias."""
@@ -174,6 +212,17 @@ class FFNView:
             raise ConfigError(f"{self.name} has a forward installed; call uninstall() before its activation is changed")
         self._holder.set_submodule(self._layout.act, nn.ReLU())
         self.act = "relu"
+
+    def put_int8(self) -> None:
+        """Its weights in 8 bits, for good: `Int8Linear` in the places of its linear layers."""
+        if self._slots:
+            raise ConfigError(f"{self.name} has a forward installed; call uninstall() before its weights are rounded")
+        layout = self._layout
+        for part in (p for p in (layout.gate, layout.up, layout.down) if p):
+            stock = self._part(part)
+            if not isinstance(stock, nn.Linear):
+                raise UnsupportedModelError(f"{self.name}.{part} is a {type(stock).__name__}; int8 needs a Linear")
+            self._holder.set_submodule(part, Int8Linear(stock, along_inputs=part == layout.down))
 
     @property
     def decoder_layer(self) -> nn.Module:

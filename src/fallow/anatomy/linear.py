@@ -12,6 +12,7 @@ from typing import TypeAlias, cast
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from fallow.anatomy.int8 import Int8Linear
 from fallow.errors import UnsupportedModelError
 
 Linear: TypeAlias = nn.Linear | Conv1D
@@ -24,12 +25,16 @@ def as_linear(module: nn.Module, *path: str) -> Linear:
     name would be compiled anew for every layer.
 
     Raises:
-        UnsupportedModelError: it is an adapter, a quantised layer or something else.
+        UnsupportedModelError: it is an adapter, another's quantised layer or something else.
     """
-    if isinstance(module, nn.Linear | Conv1D) and module.weight.is_floating_point():
-        stored = (module.nx, module.nf) if isinstance(module, Conv1D) else (module.out_features, module.in_features)
-        if tuple(module.weight.shape) == stored:
-            return module
+    if isinstance(module, Int8Linear):  # it computes its weight when asked for it
+        return module
+    if (
+        isinstance(module, nn.Linear | Conv1D)
+        and module.weight.is_floating_point()
+        and tuple(weight_OI(module).shape) == shape_OI(module)
+    ):
+        return module
     raise UnsupportedModelError(
         f"{'.'.join(path)} is a {type(module).__name__}, not a plain Linear or Conv1D with a floating weight; "
         "merge adapters and dequantise the model first"
@@ -39,6 +44,11 @@ def as_linear(module: nn.Module, *path: str) -> Linear:
 def weight_OI(module: Linear) -> Tensor:
     """The weight as [O, I], read now; gradients flow through the view."""
     return module.weight.t() if isinstance(module, Conv1D) else module.weight
+
+
+def shape_OI(module: Linear) -> tuple[int, int]:
+    """(outputs, inputs)."""
+    return (module.nf, module.nx) if isinstance(module, Conv1D) else (module.out_features, module.in_features)
 
 
 def out_dim(module: Linear) -> int:

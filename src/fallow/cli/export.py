@@ -24,9 +24,12 @@ def export_command(argv: list[str]) -> int:
 
     quiet()
     model, tokenizer = load_folder(source)
-    if args.to not in ("hf", "packed") and has_method(source):
-        restore_method(model, source, verb="export").set_mode("dense" if args.dense else "sparse")
-    done = export(model, output, to=args.to, tokenizer=tokenizer, overwrite=args.overwrite)
+    handle = getattr(model, "_fallow", None)  # an exported Upcycle model has it
+    if handle is None and args.to not in ("hf", "packed") and has_method(source):
+        handle = restore_method(model, source, verb="export")
+    if handle is not None:
+        handle.set_mode("dense" if args.dense else "sparse")
+    done = export(model, output, to=args.to, tokenizer=tokenizer, overwrite=args.overwrite, int8=args.int8)
     if args.json:
         print(json.dumps({"source": str(source), **done.as_dict()}))
     else:
@@ -55,7 +58,8 @@ def _parser() -> VerbParser:
     parser.add_argument("run", type=Path, metavar="RUN", help="a finished run's folder, or one with a model")
     parser.add_argument("--to", required=True, choices=list(TARGETS), help="what to write")
     parser.add_argument("--output", type=Path, metavar="DIR", help="default: RUN/export-TARGET")
-    parser.add_argument("--dense", action="store_true", help="gguf: all neurons, although the run has experts")
+    parser.add_argument("--dense", action="store_true", help="gguf: all neurons, although the run is sparse")
+    parser.add_argument("--int8", action="store_true", help="fallow: FFN weights in 8 bits")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser

@@ -13,7 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from fallow.errors import ConfigError
+from fallow.errors import ConfigError, UnsupportedModelError
 from fallow.exporting.folder import replaced
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 TARGETS = {
     "hf": "a stock Hugging Face folder, dead weights as zeros",
     "packed": "the same weights without the zeros: a bitmap and the values; read with fallow.load_packed",
+    "fallow": "Upcycle's model and predictors; stock transformers loads it after `import fallow`",
     "mixtral": "SSD's experts as a stock Mixtral; for Llama and Mistral",
     "granitemoe": "SSD's experts as a stock GraniteMoE; for Llama, Granite, Qwen2",
     "qwen3_moe": "SSD's experts as a stock Qwen3-MoE; for Qwen3",
@@ -32,7 +33,9 @@ TARGETS = {
 }
 
 
-Target = Literal["hf", "packed", "mixtral", "granitemoe", "qwen3_moe", "olmoe", "flex_olmo", "gguf", "gguf_f32"]
+Target = Literal[
+    "hf", "packed", "fallow", "mixtral", "granitemoe", "qwen3_moe", "olmoe", "flex_olmo", "gguf", "gguf_f32"
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,17 +82,20 @@ def export(
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     overwrite: bool = False,
+    int8: bool = False,
 ) -> Exported:
     """Write `model`, stock or made sparse by fallow, to the folder `path`. The model is left as it is.
 
     Args:
         model: a Hugging Face causal language model, not sharded over ranks.
         path: the folder; made if need be. Nothing appears there until all of it is written and verified.
-        to: "hf" for `AutoModelForCausalLM.from_pretrained`, dead weights as zeros; "packed" for `fallow.load_packed`,
+        to: "hf" for `AutoModelForCausalLM.from_pretrained`, dead weights as zeros; "fallow" for the same after `import
+            fallow`, with Upcycle's predictors, see `fallow.exporting.fallow`; "packed" for `fallow.load_packed`,
             linear layers of the blocks without their zeros where that is smaller; the others write the experts of a
             model held by SSD for stock MoE engines, see `fallow.exporting.moe`.
         tokenizer: written along when given.
         overwrite: replace an earlier export at `path`.
+        int8: "fallow" only: FFN weights in 8 bits with a scale per channel.
 
     Raises:
         ConfigError: unknown target, a model that cannot be written, or a folder that is in use.
@@ -99,11 +105,14 @@ def export(
     """
     if to not in TARGETS:
         raise ConfigError(f"export: unknown target {to!r}; targets: {', '.join(TARGETS)}")
+    if int8 and to != "fallow":
+        raise ConfigError(f"export: int8 is for fallow, {to} has weights in the model's dtype; leave out int8")
+    _refuse_predictors(model, to)
     target = import_module(f"fallow.exporting.{to}")
     with replaced(Path(path), overwrite=overwrite) as (place, folder):
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        written: Written = target.write(model, folder)
+        written: Written = target.write(model, folder, int8=int8) if to == "fallow" else target.write(model, folder)
         files = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
     return Exported(
         to=to,
@@ -114,3 +123,16 @@ def export(
         packed_layers=written.packed_layers,
         verified=written.verified,
     )
+
+
+def _refuse_predictors(model: PreTrainedModel, to: str) -> None:
+    """Raises UnsupportedModelError where a stock engine would have to choose channels as Upcycle does."""
+    handle = getattr(model, "_fallow", None)
+    if to in ("hf", "packed", "fallow") or handle is None or handle.name != "upcycle":
+        return
+    dense = " or the dense companion: hf, or gguf with set_mode('dense') (--dense)"
+    if not (to.startswith("gguf") and handle.mode == "dense"):
+        raise UnsupportedModelError(
+            f"export: {to} cannot express Upcycle's predictors, by which every token chooses its channels in each bank;"
+            f" export to fallow,{dense}"
+        )

@@ -59,7 +59,8 @@ def write(model: PreTrainedModel, folder: Path, *, dtype: torch.dtype = torch.fl
     handle: Any = getattr(model, "_fallow", None)
     grouped = hasattr(handle, "experts")
     experts = experts_of(model, "gguf") if grouped and handle.mode == "sparse" else None
-    views = [x.view for x in handle.layers] if grouped else anatomy.inspect(model).ffns
+    held = grouped or getattr(handle, "name", "") == "upcycle"  # then views exist, and no others can be made
+    views = [x.view for x in handle.layers] if held else anatomy.inspect(model).ffns
     check(model, views, "gguf", _EXPRESSES)
     for view in views:
         check_activation(view, "gguf")

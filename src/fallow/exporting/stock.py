@@ -1,15 +1,17 @@
 """A model's tensors under the names and in the shapes of the stock model, whether a method holds it or not.
 
-SAT leaves every parameter in its place. SMET's layers have `values` and `bitmap` where the stock layer has `weight`;
-that weight is built when it is asked for, one at a time, so the dense model never exists twice.
+SAT leaves every parameter in its place. SMET's layers have `values` and `bitmap` where the stock layer has `weight`,
+and those of an int8 export `codes` and `scale`; that weight is built when it is asked for, one at a time, so the dense
+model never exists twice.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -18,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from fallow import anatomy
+from fallow.anatomy.int8 import Int8Linear
 from fallow.errors import CheckpointError, ConfigError, UnsupportedModelError
 from fallow.methods.smet.layers import SparseLinear
 
@@ -37,18 +40,18 @@ class StockTensors:
 
     def __init__(self, model: PreTrainedModel) -> None:
         _check(model)
-        self._sparse: dict[str, SparseLinear] = {}
+        self._built: dict[str, SparseLinear | Int8Linear] = {}
         self._plain: dict[str, Tensor] = {}
         self.tied: dict[str, str] = {}
         """Name -> the name that comes first in the model and shares its storage."""
-        layers = {name: m for name, m in model.named_modules() if isinstance(m, SparseLinear)}
+        layers = {name: m for name, m in model.named_modules() if isinstance(m, SparseLinear | Int8Linear)}
         self.names: list[str] = []
         seen: dict[tuple[Any, ...], str] = {}
         for name, tensor in model.state_dict().items():
             owner, _, leaf = name.rpartition(".")
             if owner in layers and leaf != "bias":
-                if leaf == "values":
-                    self._sparse[f"{owner}.weight"] = layers[owner]
+                if leaf in ("values", "codes"):
+                    self._built[f"{owner}.weight"] = layers[owner]
                     self.names.append(f"{owner}.weight")
                 continue
             place = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()) if tensor.numel() else (name,)
@@ -59,17 +62,24 @@ class StockTensors:
 
     @torch.no_grad()
     def __getitem__(self, name: str) -> Tensor:
-        """The tensor: the model's own, or for a sparse layer a new one with zeros where its weights are dead."""
+        """The tensor: the model's own, or a new one: of a sparse layer with zeros where its weights are dead."""
         if name in self._plain:
             return self._plain[name].detach()
-        layer = self._sparse[name]
+        layer = self._built[name]
+        if isinstance(layer, Int8Linear):
+            return layer.weight.contiguous()
         weight_OI = layer.dense_weight().detach()
         return weight_OI if anatomy.out_dim(layer.stock) == 0 else weight_OI.t().contiguous()  # type: ignore[arg-type]
 
     def nbytes(self) -> int:
         """Bytes of all tensors when dense; shared storage counts once."""
         plain = sum(t.nbytes for name, t in self._plain.items() if name not in self.tied)
-        return plain + sum(x.out_features * x.in_features * x.values.element_size() for x in self._sparse.values())
+        return plain + sum(x.out_features * x.in_features * _width(x) for x in self._built.values())
+
+
+def _width(layer: SparseLinear | Int8Linear) -> int:
+    """Bytes of one of its weights when dense."""
+    return (layer.like if isinstance(layer, Int8Linear) else layer.values).element_size()
 
 
 def _check(model: PreTrainedModel) -> None:
@@ -87,19 +97,32 @@ def _check(model: PreTrainedModel) -> None:
         raise ConfigError("export: the model is sharded or has no weights; gather it on one rank first")
 
 
-def compare(wanted: StockTensors, loaded: PreTrainedModel, what: str) -> str:
+def compare(
+    wanted: StockTensors,
+    loaded: PreTrainedModel,
+    what: str,
+    *,
+    changed: Mapping[str, Tensor] = MappingProxyType({}),
+) -> str:
     """Compare every tensor of the two bit for bit (in `loaded`'s dtype; -0 counts as 0), and say so.
+
+    Args:
+        wanted, loaded: the two.
+        what: begins the messages.
+        changed: tensors that are to be other ones than in `wanted`.
 
     Raises:
         CheckpointError: they differ; the message names the first tensor that does.
     """
-    found = loaded.state_dict()
-    if odd := sorted(found.keys() ^ set(wanted.names)):
+    found = StockTensors(loaded)
+    if odd := sorted(set(found.names) ^ set(wanted.names)):
         raise CheckpointError(f"{what}: loaded again, {odd[0]} is in one model only; nothing was written")
     for name in wanted.names:
-        if not same_bits(wanted[name].to(found[name]), found[name]):
+        theirs = found[name]
+        if not same_bits(changed.get(name, wanted[name]).to(theirs), theirs):
             raise CheckpointError(f"{what}: loaded again, {name} differs from the model's; nothing was written")
-    return f"loaded again: {len(wanted.names)} tensors equal the model's bit for bit"
+    meant = f", {len(changed)} of them after rounding" if changed else ""
+    return f"loaded again: {len(wanted.names)} tensors equal the model's bit for bit{meant}"
 
 
 def refuse_odd_keys(notes: dict[str, Any]) -> None:

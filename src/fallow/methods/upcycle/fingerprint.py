@@ -8,7 +8,8 @@ none: one rank writes a state, and gathering the weights needs them all.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -18,12 +19,12 @@ from fallow.methods.upcycle.layers import GatedFFN
 ENTRIES = 4096
 
 
-def fingerprint(layers: Sequence[GatedFFN]) -> str:
-    """Hex digest, empty where weights are sharded."""
+def fingerprint(layers: Sequence[GatedFFN], changed: Mapping[str, torch.Tensor] = MappingProxyType({})) -> str:
+    """Hex digest, empty where weights are sharded. `changed`: weights that are to be other ones, by name."""
     digest = hashlib.sha256()
     for layer in layers:
         for where in layer.view.parameters_along_channels():
-            weight = where.parameter.detach()
+            weight = changed.get(where.name, where.parameter).detach()
             if isinstance(weight, DTensor):
                 return ""
             flat = weight.reshape(-1) if weight.is_contiguous() else weight.flatten()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fallow import anatomy
-from fallow.anatomy.ffn import FFNWeights
+from fallow.anatomy.ffn import FFNRows, FFNWeights
 from fallow.errors import ConfigError, UnsupportedModelError
 from fallow.method import Mode
 from fallow.methods.upcycle.config import Upcycle
@@ -21,6 +21,7 @@ from fallow.methods.upcycle.learning import gated, in_bank_cross_entropy
 from fallow.methods.upcycle.predictors import KINDS, judged
 from fallow.ops import bank_ffn
 from fallow.ops.activation import activation
+from fallow.ops.bank_ffn.select import tensor_of
 
 Observer = Callable[["GatedFFN", Tensor], None]
 """Called in forward with (layer, x [T, D])."""
@@ -52,11 +53,11 @@ class GatedFFN:
         self.losses: list[Tensor] = []
         self.threshold = torch.zeros(())
         self.chance = torch.Generator()
-        device = view.weights().w_up_FD.device
+        device = tensor_of(view.rows().w_up_FD).device
         self.predictor = KINDS[config.predictor](
             config, width=view.d_model, channels=view.n_channels, act=view.act, device=device
         )
-        self._serving: tuple[bank_ffn.Predictor, Tensor] | None = None
+        self._serving: bank_ffn.Predictor | None = None
         view.install(self.forward)
 
     # -- forward ------------------------------------------------------------------------------------------------------
@@ -68,40 +69,36 @@ class GatedFFN:
         if not self.sparse or self.mode == "dense":
             y = self.view.dense(x)
         else:
-            w = self.view.weights()
+            self.to(x.device)
+            rows = self.view.rows()
             if not self.predictor.started:
-                self.predictor.start(w, None)
-            y = self._decode(x, w) if self._may_decode(x_TD, w) else self._masked(x_TD, w).view(x.shape)
+                self.predictor.start(self.view.weights(), None)
+            may = self._may_decode(x_TD, rows)
+            y = self._decode(x, rows) if may else self._masked(x_TD, self.view.weights()).view(x.shape)
         if self.heard is not None:
             self.heard(y)
         return y
 
-    def _may_decode(self, x_TD: Tensor, w: FFNWeights) -> bool:
+    def _may_decode(self, x_TD: Tensor, rows: FFNRows) -> bool:
         return (
             not torch.is_grad_enabled()
             and self.selection == "predictor"
             and x_TD.shape[0] <= bank_ffn.MOST_TOKENS
-            and w.b_up_F is None
-            and w.b_gate_F is None
+            and rows.b_up_F is None
+            and rows.b_gate_F is None
         )
 
-    def _decode(self, x: Tensor, w: FFNWeights) -> Tensor:
+    def _decode(self, x: Tensor, rows: FFNRows) -> Tensor:
         """Reads the living rows only. What is derived from the weights is made once and dropped by `stale`."""
-        assert w.w_gate_FD is not None
         if self._serving is None:
-            bank_ffn.channel_contiguous_(self.view.parameters_along_channels()[-1].parameter)
-            self._serving = self.predictor.packed(w), w.w_down_DF
-        y = bank_ffn.bank_ffn(
-            x,
-            self._serving[0],
-            w.w_gate_FD,
-            w.w_up_FD,
-            w.w_down_DF.t(),
-            act=self.view.act,
-            bank=self.bank,
-            keep=self.keep,
-        )
-        return y if w.b_down_D is None else y + w.b_down_D
+            if isinstance(rows.w_down_FD, Tensor):
+                bank_ffn.channel_contiguous_(self.view.parameters_along_channels()[-1].parameter)
+                rows = self.view.rows()
+            self._serving = self.predictor.packed(self.view.weights())
+        assert rows.w_gate_FD is not None
+        weights = (rows.w_gate_FD, rows.w_up_FD, rows.w_down_FD)
+        y = bank_ffn.bank_ffn(x, self._serving, *weights, act=self.view.act, bank=self.bank, keep=self.keep)
+        return y if rows.b_down_D is None else y + rows.b_down_D
 
     def stale(self) -> None:
         """The weights have changed, or will: what serving derived from them is dropped."""
@@ -162,6 +159,7 @@ class GatedFFN:
         """Keep the predictor where the weights are."""
         if self.predictor.tilt_F.device != device:
             self.predictor.to(device)
+            self.stale()
 
 
 def check(view: anatomy.FFNView, config: Upcycle) -> None:

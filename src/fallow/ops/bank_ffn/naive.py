@@ -73,7 +73,7 @@ def _floating(tensors: tuple[Tensor, ...], dtype: torch.dtype) -> list[Tensor]:
 
 def dense(w: Weight, dtype: torch.dtype) -> Tensor:
     """The weight as a tensor of this dtype."""
-    return (w.codes_FD.float() * w.scale_F[:, None]).to(dtype) if isinstance(w, Int8Rows) else w.to(dtype)
+    return w.dense(dtype) if isinstance(w, Int8Rows) else w.to(dtype)
 
 
 def coefficient(scores_TF: Tensor, predictor: Predictor, mask_TF: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 from fallow.errors import ConfigError
@@ -54,6 +55,10 @@ class Int8Rows(NamedTuple):
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(self.codes_FD.shape)
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """[F, D]: the weight that it holds, computed in fp32 and rounded once."""
+        return (self.codes_FD.float() * self.scale_F[:, None]).to(dtype)
 
 
 Weight = Tensor | Int8Rows

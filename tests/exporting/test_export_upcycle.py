@@ -1,0 +1,371 @@
+"""`--to fallow`: what stock transformers loads after `import fallow` is the upcycled model, or nothing is written."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tests.exporting.test_export_gguf import byte_level
+from tests.tiny_models import tiny_batch, tiny_model
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, pipeline
+
+import fallow
+from fallow import Upcycle
+from fallow.anatomy.int8 import Int8Linear
+from fallow.errors import CheckpointError, ConfigError, UnsupportedModelError
+from fallow.exporting import fallow as target
+from fallow.exporting.agreement import agreement, probe
+from fallow.exporting.hf import take_buffers
+from fallow.exporting.stock import load_folder
+from fallow.exporting.upcycled import PREDICTORS
+from fallow.methods.upcycle import layers
+from fallow.ops.bank_ffn import Int8Rows
+
+SMALL = {"bank": 16, "keep": 4}
+CASES = [
+    ("llama", torch.float32, {"predictor": "linear", "rank": 16, "gate": "smooth"}),
+    ("llama", torch.bfloat16, {"predictor": "bilinear", "rank": 16}),
+    ("gemma3", torch.bfloat16, {"predictor": "quantized", "keep": (2, 8), "bits": 2}),
+    ("phi3", torch.float32, {"predictor": "quantized", "criterion": "contribution"}),
+]
+
+
+def made(family="llama", dtype=torch.float32, *, model=None, **settings):
+    model = tiny_model(family, dtype=dtype, **(model or {}))
+    handle = fallow.sparsify(model, Upcycle(**(SMALL | {"predictor": "bilinear", "rank": 16} | settings)))
+    handle.watch(tiny_batch(seed=3, batch=4, tokens=32))
+    handle.set_mode("sparse")
+    return model.eval(), handle
+
+
+def load(folder: Path, **kwargs):
+    return AutoModelForCausalLM.from_pretrained(folder, **kwargs)
+
+
+@torch.no_grad()
+def logits(model, mode="sparse", tokens=64) -> torch.Tensor:
+    with model._fallow.in_mode(mode):
+        return model(input_ids=probe(128)[:, :tokens], use_cache=False).logits
+
+
+def edit(file: Path, change) -> None:
+    index = json.loads(file.read_text())
+    change(index)
+    file.write_text(json.dumps(index))
+
+
+def python(code: str, *args: object) -> str:
+    done = subprocess.run([sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+# -- what is loaded -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize(("family", "dtype", "settings"), CASES)
+def test_the_folder_loads_as_the_upcycled_model(tmp_path, family, dtype, settings, int8) -> None:
+    model, handle = made(family, dtype, **settings)
+    state = torch.get_rng_state()
+    done = fallow.export(model, tmp_path / "out", to="fallow", int8=int8)
+    assert torch.equal(state, torch.get_rng_state())
+    assert model._fallow is handle and handle.mode == "sparse"
+    loaded = load(tmp_path / "out")
+    ours = loaded._fallow
+    assert type(loaded) is type(model) and loaded.dtype == dtype and not loaded.training
+    assert type(ours) is type(handle) and ours.mode == "sparse"
+    assert [x.keep for x in ours.layers] == [x.keep for x in handle.layers]
+    assert loaded.config.model_type == model.config.model_type
+    take_buffers(model, loaded)  # tiny_model's rotary frequencies are rounded to its dtype
+    reached = agreement(logits(model), logits(loaded))
+    if not int8:
+        assert reached.top1 >= 0.995 and reached.error < 0.002, reached
+        assert loaded.state_dict().keys() == model.state_dict().keys()
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor, loaded.state_dict()[name]), name
+    assert agreement(logits(model), logits(loaded, "dense")).error > 2 * reached.error
+    if not int8:
+        assert agreement(logits(model, "dense"), logits(loaded, "dense")).error < 0.01
+    assert sorted(done.files) == ["config.json", "generation_config.json", "model.safetensors", PREDICTORS]
+    assert "probe.input_ids" not in load_file(tmp_path / "out" / PREDICTORS)
+
+
+def test_generate_goes_on_as_the_model_did(tmp_path) -> None:
+    model, _ = made(model={"tie_word_embeddings": True})
+    model.generation_config.repetition_penalty = 1.3
+    fallow.export(model, tmp_path / "out", to="fallow")
+    loaded = load(tmp_path / "out")
+    assert loaded.generation_config.repetition_penalty == 1.3
+    assert loaded.get_input_embeddings().weight is loaded.get_output_embeddings().weight
+    ids = tiny_batch(tokens=6, batch=1)["input_ids"]
+    wanted, found = (m.generate(ids, max_new_tokens=12, do_sample=False, use_cache=True) for m in (model, loaded))
+    assert torch.equal(wanted, found)
+    loaded._fallow.set_mode("dense")
+    assert not torch.equal(found, loaded.generate(ids, max_new_tokens=12, do_sample=False, use_cache=True))
+
+
+def test_what_the_caller_asks_of_the_model_is_the_stock_models_to_do(tmp_path) -> None:
+    model, _ = made(dtype=torch.bfloat16)
+    fallow.export(model, tmp_path / "out", to="fallow")
+    for dtype in (torch.float32, "auto", "float32", torch.float16):
+        loaded = load(tmp_path / "out", dtype=dtype)
+        wanted = {"auto": torch.bfloat16, "float32": torch.float32}.get(dtype, dtype)
+        assert loaded.dtype == loaded.config.dtype == wanted
+        assert loaded.model.rotary_emb.inv_freq.dtype == torch.float32
+        assert agreement(logits(model), logits(loaded)).error < 0.05
+    eager, notes = load(tmp_path / "out", attn_implementation="eager", use_cache=True, output_loading_info=True)
+    assert eager.config._attn_implementation == "eager" and eager.config.use_cache is True
+    assert not notes["missing_keys"] and not notes["unexpected_keys"]
+    placed = load(tmp_path / "out", device_map="cpu")
+    assert agreement(logits(eager), logits(placed)).top1 > 0.95
+    config = AutoConfig.from_pretrained(tmp_path / "out")
+    assert config.get_text_config().to_dict() == placed.config.to_dict() | {
+        "dtype": config.text_config.to_dict()["dtype"]
+    }
+    with pytest.raises(ConfigError, match="a config alone makes none"):
+        AutoModelForCausalLM.from_config(config)
+
+
+def test_a_subnormal_weight_in_float16_is_no_other_model(tmp_path) -> None:
+    model, handle = made(dtype=torch.bfloat16)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.mul_(1e-6)
+    handle.set_mode("sparse")
+    for int8 in (False, True):
+        fallow.export(model, tmp_path / f"{int8}", to="fallow", int8=int8)
+        loaded = load(tmp_path / f"{int8}", dtype=torch.float16)
+        assert loaded.dtype == torch.float16 and bool(logits(loaded, tokens=4).isfinite().all())
+
+
+def test_predictors_that_were_never_started_are_started(tmp_path) -> None:
+    model = tiny_model("llama").eval()
+    fallow.sparsify(model, Upcycle(**SMALL))
+    fallow.export(model, tmp_path / "out", to="fallow", int8=True)
+    assert all(x.predictor.started for x in load(tmp_path / "out")._fallow.layers)
+
+
+def test_what_only_training_reads_is_left_behind(tmp_path) -> None:
+    model, _ = made(distill=0.5, hidden_loss=1.0, anneal=0.5, fit_tokens=100)
+    fallow.export(model, tmp_path / "out", to="fallow")
+    ours = load(tmp_path / "out")._fallow
+    assert ours.parent is None and ours.config == Upcycle(**SMALL, predictor="bilinear", rank=16)
+
+
+def test_a_fresh_interpreter_in_either_order(tmp_path) -> None:
+    model, _ = made()
+    tokenizer = byte_level()
+    fallow.export(model, tmp_path / "out", to="fallow", tokenizer=tokenizer)
+    first = (
+        "import sys, fallow\n"
+        "assert not {'torch', 'transformers'} & set(sys.modules)\n"
+        "from transformers import AutoTokenizer, AutoModelForCausalLM\n"
+        "print(AutoTokenizer.from_pretrained(sys.argv[1])('the fox').input_ids)\n"
+        "print(AutoModelForCausalLM.from_pretrained(sys.argv[1])._fallow.mode)"
+    )
+    assert python(first, tmp_path / "out").splitlines() == [str(tokenizer("the fox").input_ids), "sparse"]
+    last = (
+        "import sys\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "try:\n    AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
+        "except ValueError as e:\n    print('fallow_upcycle' in str(e))\n"
+        "import fallow\n"
+        "print(type(AutoModelForCausalLM.from_pretrained(sys.argv[1])).__name__)"
+    )
+    assert python(last, tmp_path / "out").splitlines() == ["True", "LlamaForCausalLM"]
+
+
+def test_the_tokenizer_is_found(tmp_path) -> None:
+    tokenizer = byte_level()
+    model, _ = made(model={"vocab_size": len(tokenizer), "bos_token_id": 0, "eos_token_id": 0})
+    done = fallow.export(model, tmp_path / "out", to="fallow", tokenizer=tokenizer)
+    assert any("AutoTokenizer finds" in line for line in done.verified)
+    found = AutoTokenizer.from_pretrained(tmp_path / "out")
+    text = "def f(x):\n\treturn 'ä' * 13"
+    assert found(text).input_ids == tokenizer(text).input_ids and found.eos_token == tokenizer.eos_token
+    said = pipeline("text-generation", model=str(tmp_path / "out"))("the quick", max_new_tokens=3, do_sample=False)
+    assert said[0]["generated_text"].startswith("the quick")
+
+
+# -- int8 -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_int8_is_what_decoding_reads(tmp_path, family, monkeypatch) -> None:
+    model, handle = made(family, torch.bfloat16)
+    plain = fallow.export(model, tmp_path / "plain", to="fallow")
+    done = fallow.export(model, tmp_path / "out", to="fallow", int8=True)
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    ffn = [n for n in stored if ".mlp." in n]
+    assert {n.rpartition(".")[2] for n in ffn} == {"codes", "scale"}
+    rows = sum(stored[n].shape[0] for n in ffn if n.endswith("codes"))
+    weights = sum(stored[n].numel() for n in ffn if n.endswith("codes"))
+    assert sum(stored[n].nbytes for n in ffn) == weights + 4 * rows
+    assert plain.weight_bytes - done.weight_bytes == pytest.approx(weights - 4 * rows, abs=1024)
+    assert "loss on the watched batch" in done.verified[-1] and "nats" in done.verified[-1]
+    loaded, seen = load(tmp_path / "out"), []
+    real = layers.bank_ffn.bank_ffn
+
+    def spy(x, predictor, *weights, **kwargs):
+        seen.append(weights)
+        return real(x, predictor, *weights, **kwargs)
+
+    monkeypatch.setattr(layers.bank_ffn, "bank_ffn", spy)
+    few = logits(loaded, tokens=1)
+    assert len(seen) == len(handle.layers) and all(isinstance(w, Int8Rows) for each in seen for w in each)
+    whole = {n: stored[n].float() * stored[n.replace("codes", "scale")][:, None] for n in ffn if n.endswith("codes")}
+    with torch.no_grad():  # the same weights as floats, in the model in hand
+        for name, tensor in whole.items():
+            weight = model.get_parameter(name.replace("codes", "weight"))
+            weight.copy_(tensor.t() if "down" in name else tensor)
+    handle.set_mode("sparse")
+    assert agreement(logits(model, tokens=1), few).error < 0.02
+    assert agreement(logits(model), logits(loaded)).top1 > 0.95
+    assert agreement(logits(model, "dense"), logits(loaded, "dense")).error < 0.02
+
+
+def test_an_int8_model_moves_and_becomes_stock_again(tmp_path) -> None:
+    model, _ = made()
+    fallow.export(model, tmp_path / "out", to="fallow", int8=True)
+    loaded = load(tmp_path / "out")
+    part = next(m for m in loaded.modules() if isinstance(m, Int8Linear))
+    scale, before = part.scale.clone(), logits(loaded)
+    loaded.to(torch.bfloat16)
+    loaded._fallow.set_mode("sparse")
+    assert torch.equal(part.scale, scale) and part.weight.dtype == torch.bfloat16 and part.codes.dtype == torch.int8
+    assert agreement(before, logits(loaded)).error < 0.1
+    loaded = load(tmp_path / "out")
+    with pytest.raises(ConfigError, match="in int8 already; copy its folder"):
+        fallow.export(loaded, tmp_path / "again", to="fallow")
+    done = fallow.export(loaded, tmp_path / "hf", to="hf")
+    assert done.dense_bytes == sum(p.nbytes for p in model.parameters())
+    stock = load(tmp_path / "hf")
+    assert getattr(stock, "_fallow", None) is None
+    wanted = {w.name: w.parameter for x in loaded._fallow.layers for w in x.view.parameters_along_channels()}
+    assert all(torch.equal(stock.get_parameter(n), w) for n, w in wanted.items()) and len(wanted) == 6
+    assert agreement(logits(loaded, "dense"), stock(input_ids=probe(128)).logits.detach()).error < 1e-4
+
+
+def test_the_dense_companion_is_stock(tmp_path) -> None:
+    model, handle = made(dtype=torch.bfloat16)
+    logits(model, tokens=1)  # re-lays the down projections
+    assert not model.model.layers[0].mlp.down_proj.weight.is_contiguous()
+    done = fallow.export(model, tmp_path / "out", to="hf")
+    assert "bit for bit" in done.verified[0]
+    stock = load(tmp_path / "out", dtype=torch.float32)
+    reached = agreement(logits(model.float(), "dense"), stock(input_ids=probe(128)).logits.detach())
+    assert type(stock) is type(model) and reached.top1 > 0.97 and reached.error < 0.02
+    assert handle.mode == "sparse"
+
+
+# -- what is refused ------------------------------------------------------------------------------------------------
+
+
+def test_predictors_of_other_weights_are_refused(tmp_path) -> None:
+    model, _ = made()
+    for int8, name in ((False, "up_proj.weight"), (True, "up_proj.codes")):
+        folder = tmp_path / str(int8)
+        fallow.export(model, folder, to="fallow", int8=int8)
+        weights = load_file(folder / "model.safetensors")
+        weights[f"model.layers.1.mlp.{name}"] += 1
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(CheckpointError, match="belong to other weights"):
+            load(folder)
+        with pytest.raises(CheckpointError, match="belong to other weights"):
+            load_folder(folder)
+
+
+def test_a_damaged_folder_says_what_is_wrong(tmp_path) -> None:
+    model, _ = made()
+    fallow.export(model, tmp_path / "out", to="fallow")
+    config = tmp_path / "out" / "config.json"
+    whole, predictors = config.read_text(), tmp_path / "out" / PREDICTORS
+    edit(config, lambda c: c["fallow"].update(format=2))
+    with pytest.raises(CheckpointError, match="format 2, this fallow reads 1"):
+        load(tmp_path / "out")
+    edit(config, lambda c: c.pop("fallow"))
+    with pytest.raises(CheckpointError, match=r"config\.json .* corrupt"):
+        load(tmp_path / "out")
+    config.write_text(whole)
+    edit(config, lambda c: c["text_config"].update(model_type="gpt9"))
+    with pytest.raises(ConfigError, match="knows no model of type 'gpt9'"):
+        load(tmp_path / "out")
+    config.write_text(whole)
+    predictors.write_bytes(predictors.read_bytes()[:-10])
+    with pytest.raises(CheckpointError, match=f"{PREDICTORS} is damaged .*export the model again"):
+        load(tmp_path / "out")
+    predictors.unlink()
+    with pytest.raises(CheckpointError, match=f"holds no {PREDICTORS}"):
+        load(tmp_path / "out")
+
+
+def test_what_cannot_be_written_says_what_to_do(tmp_path) -> None:
+    with pytest.raises(ConfigError, match=r"has none; train it with method upcycle, or .*fallow\.sparsify"):
+        fallow.export(tiny_model("llama"), tmp_path / "out", to="fallow")
+    grouped = tiny_model("llama", hidden_act="relu")
+    fallow.sparsify(grouped, fallow.SSD(experts=8, active=2))
+    with pytest.raises(ConfigError, match="held by ssd; export it to hf"):
+        fallow.export(grouped, tmp_path / "out", to="fallow")
+    model, handle = made()
+    with pytest.raises(ConfigError, match="int8 is for fallow"):
+        fallow.export(model, tmp_path / "out", to="hf", int8=True)
+    for to in ("mixtral", "gguf", "flex_olmo"):
+        with pytest.raises(UnsupportedModelError, match=f"{to} cannot express Upcycle's predictors.*export to fallow"):
+            fallow.export(model, tmp_path / "out", to=to)
+    handle.layers[1].selection = "oracle"
+    with pytest.raises(ConfigError, match="selection='oracle' is a control"):
+        fallow.export(model, tmp_path / "out", to="fallow")
+    assert os.listdir(tmp_path) == []
+
+
+def test_llama_cpp_takes_the_dense_companion(tmp_path) -> None:
+    pytest.importorskip("gguf")
+    model, handle = made()
+    handle.set_mode("dense")
+    assert fallow.export(model, tmp_path / "out", to="gguf").weight_bytes > 0
+
+
+def test_what_reads_back_differently_is_not_kept(tmp_path, monkeypatch) -> None:
+    model, _ = made()
+    save, write = target.save, target.write_predictors
+
+    def damaged(model, folder, state):
+        state = {n: t.clone() for n, t in state.items()}
+        state["model.layers.1.mlp.up_proj.codes"][0, 0] += 1
+        save(model, folder, state)
+
+    def shuffled(state, file):
+        write(state | {"layer.1.tilt_F": state["layer.1.tilt_F"].flip(0) * torch.arange(64)}, file)
+
+    def other_keep(handle):
+        return {**SMALL, "predictor": "bilinear", "rank": 16, "gate": "hard", "bank": 32}
+
+    for name, change, int8, match in (
+        ("save", damaged, True, "belong to other weights"),
+        ("write_predictors", shuffled, False, "does not answer as the training-time forward.*nothing was written"),
+        ("settings_of", other_keep, False, "banks of 16, the config of"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(target, name, change)
+            with pytest.raises(CheckpointError, match=match):
+                fallow.export(model, tmp_path / "out", to="fallow", int8=int8)
+        assert os.listdir(tmp_path) == [], name
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_an_interrupted_export_leaves_nothing(tmp_path, monkeypatch, error) -> None:
+    model, handle = made()
+
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr(target, "write_predictors", fail)
+    with pytest.raises(CheckpointError if isinstance(error, OSError) else KeyboardInterrupt):
+        fallow.export(model, tmp_path / "out", to="fallow")
+    assert os.listdir(tmp_path) == [] and handle.mode == "sparse"
