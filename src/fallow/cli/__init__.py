@@ -24,6 +24,7 @@ VERBS = {
     "generate": "a text from a model, dense or sparse, and its tokens per second",
     "evaluate": "perplexity, RULER and lm-eval's tasks, dense and sparse side by side",
     "diagnose": "which layer breaks long context, and why",
+    "repair": "mends that layer, and keeps the repair only if nothing else suffers",
     "report": "one self-contained HTML page from run folders",
     "export": "the trained model for stock transformers, or packed without its zeros; verified",
     "bench": "step and kernel times against the fastest dense form, with the break-even",

@@ -73,7 +73,8 @@ def diagnose(subject: Subject, asked: Asked, *, say: Say = lambda _: None) -> di
         asked.tasks, asked.lengths, count=asked.documents, seed=asked.seed, tokenizer=subject.tokenizer
     )
     answers = tokenized(documents, subject.tokenizer)
-    return diagnose_answers(subject, answers, most=asked.sweep, say=say) | {"asked": asdict(asked)}
+    how = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(asked).items()}
+    return diagnose_answers(subject, answers, most=asked.sweep, say=say) | {"asked": how}
 
 
 def diagnose_answers(
@@ -94,7 +95,7 @@ def diagnose_answers(
         "predictor": handle.config.predictor,
         "gaps": gaps,
         "lengths": length_gaps(answers, dense, sparse),
-        "significant": sorted(sick),
+        "significant": [list(cell) for cell in sorted(sick)],
         "sweep": None,
         "causes": None,
     }
@@ -109,9 +110,18 @@ def diagnose_answers(
     return result | {"seconds": time.monotonic() - began, "machine": machine.describe()}
 
 
-def nats_of(subject: Subject, answers: Sequence[Answer], *, mode: Mode, say: Say = lambda _: None) -> list[float]:
-    """Mean nats per answer token of each document."""
+def nats_of(
+    subject: Subject,
+    answers: Sequence[Answer],
+    *,
+    mode: Mode,
+    dense_layer: int | None = None,
+    say: Say = lambda _: None,
+) -> list[float]:
+    """Mean nats per answer token of each document; with one layer dense all the same, where asked."""
     with subject.evaluated(mode) as model:
+        if dense_layer is not None:
+            upcycled(subject, "diagnose").layers[dense_layer].mode = "dense"  # leaving `evaluated` takes it back
         found = [float(answer_nats(model, answer).mean()) for answer in answers]
     say(f"{mode}: {np.mean(found):.4f} nats per answer token over {len(found)} documents")
     return found
