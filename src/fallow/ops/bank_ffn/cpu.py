@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fallow.ops import native
 from fallow.ops.activation import ACTIVATIONS
-from fallow.ops.bank_ffn.select import KINDS, Int8Rows, Predictor, Weight
+from fallow.ops.bank_ffn.select import KINDS, Int8Rows, Predictor, Weight, tensor_of
 
 name = "cpu"
 
@@ -20,6 +20,7 @@ MOST_TOKENS, MOST_BANK = 8, 1024
 _ANY = -1
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 _INT8 = _TYPES[torch.int8]
+_NONE = (None, None, None)
 _KINDS = {kind: i for i, kind in enumerate(("linear", "bilinear", "quantized", "scores"))}
 _ACTS = {act: i for i, act in enumerate(ACTIVATIONS)}
 assert tuple(_KINDS) == KINDS
@@ -117,8 +118,12 @@ def bank_ffn(
     if T == 0:
         return y_TD
     kind, tensors, tilt_F, gate = predictor
-    w = _Weights(w_gate_FD, w_up_FD, w_down_FD)
-    held = [t if t.is_contiguous() else t.contiguous() for t in tensors]  # copies must outlive the call
+    weights, row_scales = (w_gate_FD, w_up_FD, w_down_FD), _NONE
+    if isinstance(w_up_FD, Int8Rows):
+        row_scales = [w.scale_F.data_ptr() for w in weights]  # type: ignore[union-attr]
+    # copies, here and below, must outlive the call
+    codes = [t if t.stride(1) == 1 else t.contiguous() for t in map(tensor_of, weights)]
+    held = [t if t.is_contiguous() else t.contiguous() for t in tensors]
     tilt = None if tilt_F is None else tilt_F.float().contiguous()
     rank = groups = group = bits = factor_type = 0
     scales: list[int] = []
@@ -137,12 +142,12 @@ def bank_ffn(
         y_TD.data_ptr(),
         T,
         D,
-        w.channels,
+        codes[1].shape[0],
         bank,
         keep,
-        *w.addresses,
-        *w.strides,
-        *w.scales,
+        *[t.data_ptr() for t in codes],
+        *[t.stride(0) for t in codes],
+        *row_scales,
         native.FourAddresses(*addresses),
         native.FourAddresses(*scales),
         rank,
@@ -150,7 +155,7 @@ def bank_ffn(
         group,
         None if tilt is None else tilt.data_ptr(),
         x_TD.dtype == torch.bfloat16,
-        w.type,
+        _TYPES[codes[1].dtype],
         _ACTS[act],
         _KINDS[kind],
         factor_type,
@@ -161,15 +166,3 @@ def bank_ffn(
     )
     native.library().fallow_bank_ffn(call)
     return y_TD
-
-
-class _Weights:
-    """The three weights by address; copies where entries of a row do not lie together."""
-
-    def __init__(self, *weights: Weight) -> None:
-        codes, scales = zip(*(w if isinstance(w, Int8Rows) else (w, None) for w in weights), strict=True)
-        self.held = [t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous() for t in codes]
-        self.channels, self.type = codes[1].shape[0], _TYPES[codes[1].dtype]
-        self.addresses = [t.data_ptr() for t in self.held]
-        self.strides = [t.stride(0) for t in self.held]
-        self.scales = [None if s is None else s.data_ptr() for s in scales]
