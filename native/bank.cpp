@@ -145,8 +145,10 @@ struct Worker {
                   Arena::bytes<float>(p.most_live) + Arena::bytes<int8_t>(T * c.groups * c.group) +
                   Arena::bytes<float>(T * c.groups) * 2);
     x = arena.take<float>(T * c.width);
-    for (int64_t i = 0; i < T * c.width; ++i)
-      x[i] = c.x_bf16 ? to_float(static_cast<const bf16*>(c.x)[i]) : static_cast<const float*>(c.x)[i];
+    if (c.x_bf16)
+      for (int64_t i = 0; i < T * c.width; ++i) x[i] = to_float(static_cast<const bf16*>(c.x)[i]);
+    else
+      std::memcpy(x, c.x, size_t(T * c.width) * sizeof(float));
     inputs = take_inputs(arena, c.type, c.width, T);
     k.prepare(c.type, x, c.width, T, inputs);
     thin[0] = inputs;
@@ -187,6 +189,16 @@ struct Worker {
   // Appends the living channels of one unit; returns how many there are now.
   int64_t choose(int64_t first, int64_t n, int64_t count) {
     const int64_t T = c.tokens, U = p.unit;
+    if (T == 1) {
+      for (int64_t b = 0; b < n; b += c.bank) {
+        k.select(scores + b, c.bank, c.keep, keys, places);
+        for (int64_t i = 0; i < c.keep; ++i, ++count) {
+          live[count] = {int32_t(first + b + places[i]), 0};
+          if (c.smooth) coefficient[count] = scores[b + places[i]];
+        }
+      }
+      return count;
+    }
     std::memset(members, 0, size_t(n));
     for (int64_t t = 0; t < T; ++t)
       for (int64_t b = 0; b < n; b += c.bank) {

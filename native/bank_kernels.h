@@ -4,16 +4,6 @@
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-inline float activate(int act, float z) {
-  switch (act) {
-    case kSilu: return Silu::value<kFma>(z);
-    case kGelu: return Gelu::value<kFma>(z);
-    case kGeluTanh: return GeluTanh::value<kFma>(z);
-    case kRelu: return Relu::value<kFma>(z);
-    default: return Relu2::value<kFma>(z);
-  }
-}
-
 // ---- inputs
 
 // What makes the scale of a group with NaN or infinities NaN, where a largest entry alone would lose them.
@@ -54,8 +44,14 @@ inline void prepare(int type, const float* x, int64_t width, int64_t tokens, con
       __builtin_memset(out + width, 0, size_t(to.stride - width) * sizeof(float));
       continue;
     }
-    for (int64_t b = 0; b < to.stride; b += 2 * W)
-      for (int64_t i = 0; i < 2 * W; ++i) out[b + i % 2 * W + i / 2] = b + i < width ? x[b + i] : 0.0f;
+    for (int64_t b = 0; b < to.stride; b += 2 * W) {
+      float block[2 * W] = {};
+      __builtin_memcpy(block, x + b, size_t(least(2 * W, width > b ? width - b : 0)) * sizeof(float));
+      for (int64_t i = 0; i < W; ++i) {
+        out[b + i] = block[2 * i];
+        out[b + W + i] = block[2 * i + 1];
+      }
+    }
   }
 }
 
@@ -81,6 +77,7 @@ inline void round(const float* x, int64_t width, int64_t tokens, const Codes& c,
 // ---- scores
 
 // The next M rows come after these.
+// At most 48 lines asked for ahead, see `ask`.
 template <class R, int M, int N>
 inline void dots_block(const typename R::T* first, int64_t width, int64_t row_stride, const Inputs& x, int64_t t, float* out, int64_t out_stride) {
   const typename R::T *rows[M], *next[M];
@@ -95,9 +92,15 @@ inline void dots_block(const typename R::T* first, int64_t width, int64_t row_st
     inputs[n] = static_cast<const typename R::Input*>(x.data) + (t + n) * x.stride;
     scale[n] = x.scale + (t + n) * x.spans;
   }
-  sweep<R, M, N, 0, 512>(rows, next, inputs, scale, width, sums, nullptr, nullptr);
-  for (int m = 0; m < M; ++m)
-    for (int n = 0; n < N; ++n) out[(t + n) * out_stride + m] = sum(sums[m][n].total);
+  sweep<R, M, N, 0, 384>(rows, next, inputs, scale, width, sums, nullptr, nullptr);
+  for (int n = 0; n < N; ++n)
+    for (int m = 0; m < M; m += 4) {
+      F four[4];
+      float found[4];
+      for (int i = 0; i < 4; ++i) four[i] = m + i < M ? sums[m + i < M ? m + i : m][n].total : zero();
+      sum4(four, found);
+      for (int i = 0; i < 4 && m + i < M; ++i) out[(t + n) * out_stride + m + i] = found[i];
+    }
 }
 
 template <class R, int M>
@@ -112,6 +115,7 @@ template <class R>
 inline void dots_of(const Rows& rows, int64_t first, int64_t count, const Inputs& x, int64_t tokens, float* out, int64_t out_stride) {
   const auto* data = static_cast<const typename R::T*>(rows.data) + first * rows.stride;
   int64_t r = 0;
+  for (; tokens == 1 && r + 8 <= count; r += 8) dots_block<R, 8, 1>(data + r * rows.stride, rows.width, rows.stride, x, 0, out + r, 0);
   for (; r + 4 <= count; r += 4) dots_rows<R, 4>(data + r * rows.stride, rows, x, tokens, out + r, out_stride);
   for (; r < count; ++r) dots_rows<R, 1>(data + r * rows.stride, rows, x, tokens, out + r, out_stride);
   if (rows.scale)
@@ -193,27 +197,28 @@ inline void coded_dots(const Codes& c, int64_t first, int64_t blocks, const Code
 }
 
 template <class A>
-inline void magnitude_of(float* gate, const float* up, const float* tilt, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) {
-    const float h = A::template value<kFma>(gate[i]) * up[i];
-    gate[i] = h < 0.0f ? -h : h;
+inline void hidden_of(float* gate, const float* up, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) gate[i] = A::template value<kFma>(gate[i]) * up[i];
+}
+
+// gate = act(gate) * up
+inline void hidden(int act, float* gate, const float* up, int64_t n) {
+  switch (act) {
+    case kSilu: return hidden_of<Silu>(gate, up, n);
+    case kGelu: return hidden_of<Gelu>(gate, up, n);
+    case kGeluTanh: return hidden_of<GeluTanh>(gate, up, n);
+    case kRelu: return hidden_of<Relu>(gate, up, n);
+    default: return hidden_of<Relu2>(gate, up, n);
   }
-  if (tilt)
-    for (int64_t i = 0; i < n; ++i) gate[i] *= tilt[i];
 }
 
 inline void magnitude(int act, float* gate, const float* up, const float* tilt, int64_t n) {
-  if (!up) {
-    if (tilt)
-      for (int64_t i = 0; i < n; ++i) gate[i] += tilt[i];
-    return;
-  }
-  switch (act) {
-    case kSilu: return magnitude_of<Silu>(gate, up, tilt, n);
-    case kGelu: return magnitude_of<Gelu>(gate, up, tilt, n);
-    case kGeluTanh: return magnitude_of<GeluTanh>(gate, up, tilt, n);
-    case kRelu: return magnitude_of<Relu>(gate, up, tilt, n);
-    default: return magnitude_of<Relu2>(gate, up, tilt, n);
+  if (up) {
+    hidden(act, gate, up, n);
+    for (int64_t i = 0; i < n; ++i) gate[i] = gate[i] < 0.0f ? -gate[i] : gate[i];
+    for (int64_t i = 0; tilt && i < n; ++i) gate[i] *= tilt[i];
+  } else {
+    for (int64_t i = 0; tilt && i < n; ++i) gate[i] += tilt[i];
   }
 }
 

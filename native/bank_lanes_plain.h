@@ -33,8 +33,12 @@ inline F mul(const F& a, const F& b) {
 inline F fma(const F& a, const F& b, const F& c) {
   return lanes<F>([&](int i) { return a.v[i] * b.v[i] + c.v[i]; });
 }
-inline float sum(const F& a) {
-  return ((a.v[0] + a.v[4]) + (a.v[1] + a.v[5])) + ((a.v[2] + a.v[6]) + (a.v[3] + a.v[7]));
+// the sums across lanes of four
+inline void sum4(const F* a, float* out) {
+  for (int i = 0; i < 4; ++i) {
+    const float* v = a[i].v;
+    out[i] = ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7]));
+  }
 }
 
 inline void halves(const bf16* p, F& even, F& odd) {

@@ -6,7 +6,7 @@
 template <class R>
 struct Living {
   using T = typename R::T;
-  static constexpr int kGroup = 4, kAhead = 256;
+  static constexpr int kGroup = 4, kAhead = 256;  // four, as sum4 has it
   const Ffn& w;
   const Live* live;
   const float* coefficient;  // [count] or null
@@ -32,10 +32,24 @@ struct Living {
     }
     return g;
   }
-  float scaled(const Rows& of, int64_t i, float a) const { return of.scale ? a * of.scale[live[i].channel] : a; }
-  float hidden(int64_t i, float gate, float up) const {
-    const float h = activate(w.act, scaled(w.gate, i, gate)) * scaled(w.up, i, up);
-    return scaled(w.down, i, coefficient ? h * coefficient[i] : h);
+  // What the group's down rows are multiplied by: nothing for those that only fill it up.
+  void multipliers(const Group& g, const typename R::Sum (*sums)[1], F* h) const {
+    F total[2 * kGroup];
+    float gate[kGroup], up[kGroup];
+    for (int k = 0; k < 2 * kGroup; ++k) total[k] = sums[k][0].total;
+    sum4(total, gate);
+    sum4(total + kGroup, up);
+    if (w.gate.scale)
+      for (int k = 0; k < g.n; ++k) {
+        gate[k] *= w.gate.scale[live[g.at + k].channel];
+        up[k] *= w.up.scale[live[g.at + k].channel];
+      }
+    hidden(w.act, gate, up, kGroup);
+    for (int k = 0; k < kGroup; ++k) {
+      if (k < g.n && w.down.scale) gate[k] *= w.down.scale[live[g.at + k].channel];
+      if (k < g.n && coefficient) gate[k] *= coefficient[g.at + k];
+      h[k] = k < g.n ? set1(gate[k]) : zero();
+    }
   }
 
   void run() const {
@@ -57,10 +71,8 @@ struct Living {
       for (int k = 2 * kGroup; k < 3 * kGroup; ++k) next[k] = now.rows[k];
       if (before) sweep<R, 2 * kGroup, 1, kGroup, kAhead>(rows, next, &input, &scale, w.gate.width, sums, h, before);
       else sweep<R, 2 * kGroup, 1, 0, kAhead>(rows, next, &input, &scale, w.gate.width, sums, nullptr, nullptr);
-      for (int k = 0; k < kGroup; ++k) {
-        rows[2 * kGroup + k] = now.rows[2 * kGroup + k];
-        h[k] = k < now.n ? set1(hidden(now.at + k, sum(sums[k][0].total), sum(sums[kGroup + k][0].total))) : zero();
-      }
+      for (int k = 2 * kGroup; k < 3 * kGroup; ++k) rows[k] = now.rows[k];
+      multipliers(now, sums, h);
       before = y + token * x.stride;
       now = then;
     }
@@ -80,14 +92,9 @@ inline void ffn(const Ffn& w, const Live* live, const float* coefficient, int64_
   else ffn_of<FloatRow>(w, live, coefficient, count, x, y);
 }
 
-inline void put(float value, void* out, int64_t i, bool out_bf16) {
-  if (out_bf16) from_float(value, static_cast<bf16*>(out) + i);
-  else from_float(value, static_cast<float*>(out) + i);
-}
-
 inline void collect(int type, const float* y, int64_t parts, int64_t part_stride, int64_t width, int64_t begin, int64_t end, void* out,
                     bool out_bf16) {
-  float block[2 * W];
+  float block[2 * W], in_order[2 * W];
   for (int64_t b = begin; b < end; b += 2 * W) {
     F first = load(y + b), second = load(y + b + W);
     for (int64_t p = 1; p < parts; ++p) {
@@ -96,7 +103,15 @@ inline void collect(int type, const float* y, int64_t parts, int64_t part_stride
     }
     store(block, first);
     store(block + W, second);
+    for (int64_t i = 0; i < W; ++i) {
+      in_order[2 * i] = block[type == kBf16 ? i : 2 * i];
+      in_order[2 * i + 1] = block[type == kBf16 ? W + i : 2 * i + 1];
+    }
+    bf16 rounded[2 * W];
+    for (int64_t i = 0; i < 2 * W; ++i) from_float(in_order[i], rounded + i);
     const int64_t n = least(2 * W, least(end, width) - b);
-    for (int64_t i = 0; i < n; ++i) put(block[type == kBf16 ? i % 2 * W + i / 2 : i], out, b + i, out_bf16);
+    if (n <= 0) return;
+    if (out_bf16) __builtin_memcpy(static_cast<bf16*>(out) + b, rounded, size_t(n) * sizeof(bf16));
+    else __builtin_memcpy(static_cast<float*>(out) + b, in_order, size_t(n) * sizeof(float));
   }
 }
