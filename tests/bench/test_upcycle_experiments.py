@@ -1,0 +1,82 @@
+"""Upcycle's experiments: every arm is a valid recipe, arithmetic becomes text once, and tables come from JSON alone."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import upcycle_experiments as experiments  # noqa: E402
+import upcycle_figures as figures  # noqa: E402
+from upcycle_arms import ARMS, SETS  # noqa: E402
+
+import fallow  # noqa: E402
+
+
+@pytest.mark.parametrize("name", ARMS)
+def test_every_arm_is_a_recipe(name):
+    recipe = experiments.recipe_of(name, 7)
+    assert recipe.steps == 7
+    assert recipe.seq_len * recipe.batch_size * recipe.accumulate == 2048
+    config = recipe.method_config()
+    assert config is None if name == "dense" else isinstance(config, fallow.Upcycle)
+
+
+def test_sets_name_arms_and_the_main_one_has_its_companion_and_control():
+    assert {name for names in SETS.values() for name in names} == set(ARMS)
+    assert {"dense", "random"} <= set(SETS["main"])
+
+
+def test_arithmetic_is_written_as_documents(tmp_path, monkeypatch):
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    rows = [{"question": f"{n}+{n}?", "answer": str(2 * n)} for n in range(3)]
+    (shared / "gsm8k-train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(experiments, "SHARED", shared)
+    experiments.arithmetic()
+    text = (tmp_path / "runs/experiments/gsm8k-train.txt").read_text()
+    assert text.split("\n\n")[2] == "Question: 2+2?\nAnswer: 4"
+
+
+def _row(kind: str, keep: int, gap: float) -> dict:
+    read = keep / 64
+    return {
+        "kind": kind,
+        "allocation": "uniform",
+        "keep": keep,
+        "bytes": read,
+        "bytes_7b": read,
+        "mean_recall": 0.9,
+        "gap": {"wikitext-2": gap, "postgresql": gap},
+    }
+
+
+def test_tables_say_what_the_json_says():
+    machine = {"cpu": "some CPU", "threads": 2, "memory_gb": 24}
+    rows = [_row("oracle", 16, 0.25), _row("oracle", 32, 0.02), _row("random", 16, 9.0)]
+    data = {"machine": machine, "dense": {"wikitext-2": 3.0}, "tokens": 10, "rows": rows}
+    table, drawn = figures.front(data)
+    assert "| oracle | uniform | 16 | 25% | 25% | 0.900 | +0.250 | +0.250 |" in table
+    assert "<svg" in drawn["upcycle-front"]
+
+    def run(arm: str, losses: dict, looks: list) -> dict:
+        return {"arm": arm, "totals": {"steps": 4}, "losses": {"wikitext-2": losses}, "looks": looks}
+
+    recipe = {"seq_len": 512, "batch_size": 2, "accumulate": 2}
+    runs = [run("dense", {"dense": 3.0}, []), run("quantized", {"dense": 3.02, "sparse": 3.08}, [{"recall": [0.9, 1]}])]
+    table, _ = figures.cpt({"runs": runs, "recipe": recipe})
+    assert "| quantized | 4 | 0.950 | 3.020, 3.080, **+0.080** |" in table
+
+
+def test_missing_results_name_their_command(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("".join(f"<!-- table: {name} -->\n<!-- end -->\n" for name, _, _ in figures.TABLES))
+    said = figures.make(tmp_path, page)
+    assert all("missing" in line for line in said)
+    assert "python benchmarks/upcycle_front.py" in page.read_text()
