@@ -4,8 +4,7 @@
 // end, so that threads finish together, and do not depend on the number of threads (up to 8), so neither do the bits of y.
 // A chunk's scores come before its rows: its part of the predictor is one stream through memory, and the addresses of all rows are
 // known ahead. Bound by memory: keep/bank of the FFN's bytes plus the predictor's. A dense GEMM per half and a mask read all of them.
-#include <cstdlib>
-
+#include "arena.h"
 #include "bank.h"
 #include "team.h"
 
@@ -23,6 +22,7 @@ struct Call {
   const float* factor_scales[4];
   int64_t rank, groups, group;
   const float* tilt;
+  float* scores;  // [tokens, channels], or null: where only scores are asked for (of any number of tokens), and not y
   int32_t x_bf16, type, act, kind, factor_type, bits, smooth, n_threads, level;
 };
 
@@ -38,33 +38,6 @@ const Kernels& kernels(int level) {
 #endif
   return plain_kernels;
 }
-
-// Memory of a thread that lasts from call to call: a fresh one would cost its page faults every time.
-class Arena {
- public:
-  ~Arena() { std::free(data_); }
-  void reserve(int64_t bytes) {
-    used_ = 0;
-    if (bytes <= size_) return;
-    std::free(data_);
-    size_ = (bytes + 4095) / 4096 * 4096;
-    data_ = static_cast<char*>(std::aligned_alloc(4096, size_t(size_)));
-  }
-  template <class T>
-  T* take(int64_t n) {
-    T* found = reinterpret_cast<T*>(data_ + used_);
-    used_ += bytes<T>(n);
-    return found;
-  }
-  template <class T>
-  static int64_t bytes(int64_t n) {
-    return (n * int64_t(sizeof(T)) + 63) / 64 * 64;
-  }
-
- private:
-  char* data_ = nullptr;
-  int64_t size_ = 0, used_ = 0;
-};
 
 Arena& shared_arena() {
   static thread_local Arena arena;
@@ -221,9 +194,12 @@ struct Worker {
     for (int64_t u = p.starts[number]; u < p.starts[number + 1]; ++u) {
       const int64_t first = u * p.unit, n = std::min(p.unit, c.channels - first);
       score(first, n);
-      count = choose(first, n, count);
+      if (!c.scores) count = choose(first, n, count);
+      for (int64_t t = 0; c.scores && t < c.tokens; ++t)
+        std::memcpy(c.scores + t * c.channels + first, scores + t * p.unit, size_t(n) * sizeof(float));
     }
     if (c.smooth) k.sigmoid2(coefficient, coefficient, count);
+    if (c.scores) return;
     std::memset(y, 0, size_t(c.tokens * p.y_stride) * sizeof(float));
     const Ffn w{{c.gate, c.gate_scale, c.width, c.gate_stride, c.type},
                 {c.up, c.up_scale, c.width, c.up_stride, c.type},
@@ -235,7 +211,7 @@ struct Worker {
 
 void run(const Call& c) {
   const Plan p(c);
-  const int64_t T = c.tokens, part = T * p.y_stride;
+  const int64_t T = c.tokens, part = c.scores ? 0 : T * p.y_stride;
   Arena& arena = shared_arena();
   arena.reserve(Arena::bytes<float>(2 * T * c.rank) + Arena::bytes<float>(p.chunks() * part));
   float *z = arena.take<float>(2 * T * c.rank), *parts = arena.take<float>(p.chunks() * part);
@@ -254,6 +230,7 @@ void run(const Call& c) {
       for (int i = 0; i < p.halves; ++i) p.k.prepare(c.factor_type, z + i * T * c.rank, c.rank, T, w.z[i]);
     }
     for (int64_t i; (i = next_chunk++) < p.chunks();) w.chunk(i, parts + i * part);
+    if (c.scores) return;
     team.wait();
     const int64_t blocks = p.y_stride / kPad, begin = thread * blocks / team.size * kPad, end = (thread + 1) * blocks / team.size * kPad;
     const int64_t bytes = c.x_bf16 ? 2 : 4;

@@ -8,11 +8,11 @@ import multiprocessing
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.ops.test_bank_ffn import make, native, run_cpu
+from tests.ops.test_bank_ffn import KINDS, TOLERANCE, assert_right, make, native, run_cpu
 
 from fallow.errors import BackendError, ConfigError
 from fallow.ops import bank_ffn as op
-from fallow.ops.bank_ffn import Predictor, bank_ffn, naive
+from fallow.ops.bank_ffn import Predictor, bank_ffn, cpu, naive
 
 
 def test_naive_is_the_definition():
@@ -196,3 +196,47 @@ def test_backend_that_cannot_run():
         bank_ffn(x, p, *weights, act="silu", bank=64, keep=16, backend="cpu")
     with pytest.raises(BackendError, match="no backend 'gpu'"):
         bank_ffn(x, p, *weights, act="silu", bank=64, keep=16, backend="gpu")
+
+
+def test_bytes_and_break_even():
+    _, linear, weights = make(1, 64, 640, 8, dtype=torch.bfloat16)
+    up = weights[1]
+    dense = 3 * 640 * 64 * 2
+    assert op.dense_bytes(up) == dense
+    own = sum(t.nbytes for t in linear.tensors)
+    assert op.bytes_read(linear, up, bank=64, keep=16) == dense / 4 + own
+    assert op.bytes_read(linear, up, bank=64, keep=16, tokens=2) == dense * 7 / 16 + own
+    assert op.break_even(linear, up, bank=64, keep=16) == 8
+    _, quantized, _ = make(1, 64, 640, kind="quantized4", dtype=torch.bfloat16)
+    at = op.break_even(quantized, up, bank=64, keep=16)
+    of = [op.bytes_read(quantized, up, bank=64, keep=16, tokens=t) < dense for t in range(1, 9)]
+    assert of == [t <= at for t in range(1, 9)] and 1 < at < 8
+    assert op.break_even(quantized, up, bank=64, keep=60) == 0
+    int8 = op.int8_rows(up)
+    assert op.dense_bytes(int8) == 3 * (640 * 64 + 4 * 640)
+
+
+@native
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_many_tokens_take_dense_gemms_and_the_same_mask(kind, dtype):
+    x, p, weights = make(70, 72, 192, kind=kind, dtype=dtype)
+    y = bank_ffn(x, p, *weights, act="silu", bank=64, keep=16)
+    assert op.last_used == "dense"
+    first = slice(0, 8)
+    few = p._replace(tensors=(p.tensors[0][first],)) if kind == "scores" else p
+    want = run_cpu(x[first], few, weights)
+    assert (y[first].float() - want.float()).norm() <= 4 * TOLERANCE[dtype] * want.float().norm()
+    if dtype == torch.float32:
+        assert_right(y, x, p, weights, act="silu", bank=64, keep=16, dtype=dtype)
+
+
+@native
+@pytest.mark.parametrize("level", [0, 1, 2, 3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_scores_of_any_number_of_tokens(kind, level):
+    for T, channels in ((1, 200), (65, 72)):
+        x, p, weights = make(T, 50, channels, kind=kind)
+        got = cpu.scores(x, p, weights[1], act="gelu", level=level)
+        want = naive.scores(x, p, "gelu")[:, :channels]
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5 * float(want.abs().max()))

@@ -63,6 +63,7 @@ class BankCall(ctypes.Structure):
         ("factor_scales", FourAddresses),
         *((n, c_int64) for n in ("rank", "groups", "group")),
         ("tilt", c_void_p),
+        ("scores", c_void_p),
         *((n, c_int32) for n in ("x_bf16", "type", "act", "kind", "factor_type", "bits", "smooth", "n_threads")),
         ("level", c_int32),
     )

@@ -16,12 +16,13 @@ from torch import Tensor
 
 from fallow.errors import BackendError, ConfigError
 from fallow.ops.activation import ACTIVATIONS
-from fallow.ops.bank_ffn import cpu, naive, op, pack, triton
+from fallow.ops.bank_ffn import cpu, dense, naive, op, pack, triton
+from fallow.ops.bank_ffn.costs import break_even, bytes_read, dense_bytes
 from fallow.ops.bank_ffn.layout import channel_contiguous_, side_by_side, side_by_side_
 from fallow.ops.bank_ffn.pack import int8_rows, pack_factors, pack_quantized, unpack_quantized
 from fallow.ops.bank_ffn.select import Int8Rows, Predictor, Weight, check_bank, check_predictor, tensor_of
 
-BACKENDS = [cpu, triton, naive]
+BACKENDS = [cpu, triton, dense, naive]
 MOST_TOKENS = 8
 """Tokens up to which kernels read living rows only; with more, dense GEMMs and a mask."""
 last_used = "none yet"
@@ -34,7 +35,10 @@ __all__ = [
     "Predictor",
     "bank_ffn",
     "bank_mask",
+    "break_even",
+    "bytes_read",
     "channel_contiguous_",
+    "dense_bytes",
     "int8_rows",
     "pack_factors",
     "pack_quantized",
@@ -117,7 +121,7 @@ def bank_ffn(
             `down_DF.t()` of a parameter laid out by `channel_contiguous_`, or for speed all three by `side_by_side_`.
         act: "relu", "relu2", "silu", "gelu" or "gelu_tanh".
         bank, keep: of every `bank` consecutive channels `keep` live; `bank` divides F.
-        backend: "naive", "cpu" or "triton"; None takes the first that can run these arguments.
+        backend: "naive", "cpu", "dense" or "triton"; None takes the first that can run these arguments.
 
     Returns:
         [..., D], dtype of x.

@@ -112,14 +112,49 @@ def bank_ffn(
     level: int = _ANY,
 ) -> Tensor:
     """Arguments as `fallow.ops.bank_ffn.bank_ffn`, x as [T, D]; `level` as in `bank_mask`."""
+    y_TD = torch.empty(x_TD.shape, dtype=x_TD.dtype)
+    _call(x_TD, predictor, (w_gate_FD, w_up_FD, w_down_FD), act, bank, keep, level, y_TD, None)
+    return y_TD
+
+
+def scores(x_TD: Tensor, predictor: Predictor, w_up_FD: Weight, *, act: str, level: int = _ANY) -> Tensor:
+    """fp32 [T, F] of any number of tokens: the very scores that `bank_ffn` compares. `w_up_FD` is not read."""
+    found_TF = torch.empty(x_TD.shape[0], tensor_of(w_up_FD).shape[0])
+    for begin in range(0, x_TD.shape[0], _TOKENS_AT_ONCE):
+        some = slice(begin, begin + _TOKENS_AT_ONCE)
+        own = predictor
+        if predictor.kind == "scores":
+            own = predictor._replace(tensors=(predictor.tensors[0][some],))
+        weights = (w_up_FD, w_up_FD, w_up_FD)
+        _call(x_TD[some], own, weights, act, _UNIT, 1, level, None, found_TF[some])
+    return found_TF
+
+
+_UNIT = 64
+"""Channels whose scores a thread computes at once, where there are no banks."""
+_TOKENS_AT_ONCE = 64
+"""For which scores are computed from one reading of the predictor."""
+
+
+def _call(
+    x_TD: Tensor,
+    predictor: Predictor,
+    weights: tuple[Weight, Weight, Weight],
+    act: str,
+    bank: int,
+    keep: int,
+    level: int,
+    y_TD: Tensor | None,
+    scores_TF: Tensor | None,
+) -> None:
+    """Fills y, or scores where y is None."""
     T, D = x_TD.shape
-    x_TD = x_TD.contiguous()
-    y_TD = torch.empty_like(x_TD)
     if T == 0:
-        return y_TD
+        return
+    x_TD = x_TD.contiguous()
     kind, tensors, tilt_F, gate = predictor
-    weights, row_scales = (w_gate_FD, w_up_FD, w_down_FD), _NONE
-    if isinstance(w_up_FD, Int8Rows):
+    row_scales = _NONE
+    if isinstance(weights[1], Int8Rows):
         row_scales = [w.scale_F.data_ptr() for w in weights]  # type: ignore[union-attr]
     # copies, here and below, must outlive the call
     codes = [t if t.stride(1) == 1 else t.contiguous() for t in map(tensor_of, weights)]
@@ -139,7 +174,7 @@ def bank_ffn(
         addresses, scales = addresses[::2], addresses[1::2]
     call = native.BankCall(
         x_TD.data_ptr(),
-        y_TD.data_ptr(),
+        None if y_TD is None else y_TD.data_ptr(),
         T,
         D,
         codes[1].shape[0],
@@ -154,6 +189,7 @@ def bank_ffn(
         groups,
         group,
         None if tilt is None else tilt.data_ptr(),
+        None if scores_TF is None else scores_TF.data_ptr(),
         x_TD.dtype == torch.bfloat16,
         _TYPES[codes[1].dtype],
         _ACTS[act],
@@ -165,4 +201,3 @@ def bank_ffn(
         level,
     )
     native.library().fallow_bank_ffn(call)
-    return y_TD
