@@ -11,6 +11,7 @@ from tests.evaluation.planted import answers_of, plant, sound
 from tests.evaluation.subjects import run_folder
 from tests.training.tiny_runs import text
 
+import fallow
 from fallow.cli import main
 from fallow.evaluation import mended
 from fallow.evaluation.diagnosis import nats_of
@@ -101,4 +102,7 @@ def test_bad_input_is_one_line_with_its_mend(run, texts, tmp_path, capsys) -> No
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").write_text("x")
     assert "is not empty" in failure(capsys, run, "--layer", 1, *texts, "--output", tmp_path / "full")
+    made = load(str(run), verb="test")
+    fallow.export(made.model, tmp_path / "export", to="fallow", tokenizer=made.tokenizer, int8=True)
+    assert "has int8 weights; repair the run" in failure(capsys, tmp_path / "export", "--layer", 1, *texts)
     assert "known are keep" in failure(capsys, run, "--layer", 1, *texts, "--repairs", "magic")

@@ -12,6 +12,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from fallow.anatomy.int8 import Int8Linear
 from fallow.errors import CheckpointError, ConfigError
 from fallow.evaluation.subject import Subject
 from fallow.training.cache import build_folder
@@ -22,7 +23,9 @@ RECORD = "repair.json"
 
 
 def check_output(folder: Path, subject: Subject) -> None:
-    """Raises ConfigError: the folder holds something already, or the model that is repaired."""
+    """Raises ConfigError: the folder holds something or the model itself, or the model has int8 weights."""
+    if any(isinstance(module, Int8Linear) for module in subject.model.modules()):
+        raise ConfigError(f"repair: {subject.name} has int8 weights; repair the run it was made from, and export that")
     if subject.source is not None and subject.source.resolve().is_relative_to(folder.expanduser().resolve()):
         raise ConfigError(f"repair: {folder} holds the model that is to be repaired; choose another --output")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

@@ -34,7 +34,7 @@ def heat_map(
     """
     layers = len(columns[0][1])
     row = min(16.0, max(8.0, 300.0 / layers))
-    left, upper, right = 42.0, 24.0, 420.0
+    left, upper, right = 50.0, 24.0, 424.0
     lower = upper + layers * row
     across = (right - left) / len(columns)
     parts = []
