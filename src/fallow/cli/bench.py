@@ -13,7 +13,7 @@ from typing import Any
 from fallow.cli import VerbParser
 from fallow.errors import ConfigError
 
-_SWEPT = {"sat": "omit", "smet": "density", "ssd": "share"}
+_SWEPT = {"sat": "omit", "smet": "density", "ssd": "share", "upcycle": "share"}
 """What each benchmark varies."""
 BENCHES = tuple(_SWEPT)
 
@@ -35,6 +35,7 @@ def _own_options(args: Any) -> dict[str, Any]:
     own: dict[str, dict[str, Any]] = {
         "sat": {"omit": args.omit, "omit_in": args.omit_in},
         "smet": {"density": args.density},
+        "upcycle": {"keep": args.keep},
     }
     for name, options in own.items():
         for option, value in options.items():
@@ -43,6 +44,8 @@ def _own_options(args: Any) -> dict[str, Any]:
                 raise ConfigError(f"--{flag} is an option of `fallow bench {name}`, not of {args.name}")
     if args.name == "smet":
         return {"densities": tuple(args.density)} if args.density else {}
+    if args.name == "upcycle":
+        return {"keeps": tuple(args.keep)} if args.keep else {}
     if args.name == "ssd":
         return {}
     found: dict[str, Any] = {"omit_in": args.omit_in or "forward+backward"}
@@ -61,6 +64,9 @@ def _parser() -> VerbParser:
     )
     parser.add_argument(
         "--density", action="append", type=float, metavar="SHARE", help="smet: share of weights alive (repeatable)"
+    )
+    parser.add_argument(
+        "--keep", action="append", type=int, metavar="N", help="upcycle: living channels of a bank of 64 (repeatable)"
     )
     parser.add_argument("--quick", action="store_true", help="fewer rounds, nothing compiled: a look, not a result")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -87,8 +93,8 @@ def _print_table(result: dict[str, Any]) -> None:
             f"{row[first]:g}",
             str(row["dtype"]),
             f"{row['tokens']:,}",
-            f"{row['dense_ms']:,.1f}",
-            f"{row['sparse_ms']:,.1f}",
+            _milliseconds(row["dense_ms"]),
+            _milliseconds(row["sparse_ms"]),
             f"{row['ratio']:.2f}×",
             f"{row['ideal']:.2f}×",
             f"{row['efficiency']:.0%}",
@@ -102,12 +108,17 @@ def _print_table(result: dict[str, Any]) -> None:
     console.print("machine: " + ", ".join(f"{name} {value}" for name, value in result["machine"].items()))
 
 
+def _milliseconds(ms: float) -> str:
+    return f"{ms:,.1f}" if ms >= 10 else f"{ms:.3g}"
+
+
 def break_even_lines(break_even: dict[str, float | None], bench: str = "sat") -> list[str]:
     """One line per case: from where on sparse is faster than the fastest dense form."""
     found, swept = {
         "sat": ("faster above omit {:.2f}", "rates"),
         "smet": ("tiles are faster below density {:.2f}", "densities"),
         "ssd": ("faster with a share of active experts below {:.2f}", "shares"),
+        "upcycle": ("faster up to {:.1f} tokens that decode together", "batches"),
     }[bench]
     none = f"none found at the {swept} measured"
     return [f"break-even {case}: {none if at is None else found.format(at)}" for case, at in break_even.items()]
