@@ -191,8 +191,8 @@ def test_wrong_bits_and_groups():
 
 @native
 def test_backend_that_cannot_run():
-    x, p, weights = make(9)
-    with pytest.raises(BackendError, match="9 tokens; up to 8"):
+    x, p, weights = make(17)
+    with pytest.raises(BackendError, match="17 tokens; up to 16"):
         bank_ffn(x, p, *weights, act="silu", bank=64, keep=16, backend="cpu")
     with pytest.raises(BackendError, match="no backend 'gpu'"):
         bank_ffn(x, p, *weights, act="silu", bank=64, keep=16, backend="gpu")
@@ -220,7 +220,7 @@ def test_bytes_and_break_even():
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_many_tokens_take_dense_gemms_and_the_same_mask(kind, dtype):
-    x, p, weights = make(70, 72, 192, kind=kind, dtype=dtype)
+    x, p, weights = make(300 if dtype == torch.int8 else 20, 72, 192, kind=kind, dtype=dtype)
     y = bank_ffn(x, p, *weights, act="silu", bank=64, keep=16)
     assert op.last_used == "dense"
     first = slice(0, 8)
@@ -229,6 +229,17 @@ def test_many_tokens_take_dense_gemms_and_the_same_mask(kind, dtype):
     assert (y[first].float() - want.float()).norm() <= 4 * TOLERANCE[dtype] * want.float().norm()
     if dtype == torch.float32:
         assert_right(y, x, p, weights, act="silu", bank=64, keep=16, dtype=dtype)
+
+
+@native
+@pytest.mark.parametrize("kind", KINDS)
+def test_more_than_eight_tokens_by_eights(kind):
+    x, p, weights = make(13, 40, 192, kind=kind, dtype=torch.int8)
+    y = bank_ffn(x, p, *weights, act="silu", bank=64, keep=16)
+    assert op.last_used == "cpu"
+    for some in (slice(0, 8), slice(8, 13)):
+        own = p._replace(tensors=(p.tensors[0][some],)) if kind == "scores" else p
+        assert torch.equal(y[some], run_cpu(x[some], own, weights))
 
 
 @native

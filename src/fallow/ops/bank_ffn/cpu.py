@@ -1,4 +1,4 @@
-"""`bank_ffn` on CPUs for up to 8 tokens: native/bank.cpp, one parallel region from the predictor to y.
+"""`bank_ffn` on CPUs for a few tokens, 8 at a time: native/bank.cpp, one parallel region from the predictor to y.
 
 It is bound by memory, so what counts is that only living rows are read, that enough of them come side by side, and that
 the threads are PyTorch's own, which are awake while a model decodes. AVX-512 (with VNNI where there is), AVX2 or plain
@@ -16,7 +16,10 @@ from fallow.ops.bank_ffn.select import KINDS, Int8Rows, Predictor, Weight, tenso
 
 name = "cpu"
 
-MOST_TOKENS, MOST_BANK = 8, 1024
+AT_ONCE, MOST_BANK = 8, 1024
+MOST_TOKENS = {torch.bfloat16: 16, torch.float32: 16, torch.int8: 256}
+"""By dtype of the weights, for how many tokens reading rows again for every 8 is faster than dense GEMMs with a mask,
+which need copies of int8 rows."""
 _ANY = -1
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 _INT8 = _TYPES[torch.int8]
@@ -38,8 +41,8 @@ def usable(x_TD: Tensor, predictor: Predictor, w_up_FD: Weight, bank: int) -> tu
         return False, f"x is on {x_TD.device}"
     if x_TD.dtype not in (torch.bfloat16, torch.float32):
         return False, f"{x_TD.dtype}; served are bfloat16 and float32"
-    if x_TD.shape[0] > MOST_TOKENS:
-        return False, f"{x_TD.shape[0]} tokens; up to {MOST_TOKENS} are served"
+    if (most := MOST_TOKENS.get(tensor_of(w_up_FD).dtype, 0)) < x_TD.shape[0]:
+        return False, f"{x_TD.shape[0]} tokens; up to {most} are served"
     if bank > MOST_BANK:
         return False, f"banks of {bank}; up to {MOST_BANK} are served"
     if predictor.kind in ("linear", "bilinear") and predictor.tensors[0].dtype not in _TYPES:
@@ -112,27 +115,34 @@ def bank_ffn(
     level: int = _ANY,
 ) -> Tensor:
     """Arguments as `fallow.ops.bank_ffn.bank_ffn`, x as [T, D]; `level` as in `bank_mask`."""
-    y_TD = torch.empty(x_TD.shape, dtype=x_TD.dtype)
-    _call(x_TD, predictor, (w_gate_FD, w_up_FD, w_down_FD), act, bank, keep, level, y_TD, None)
+    y_TD, weights = torch.empty(x_TD.shape, dtype=x_TD.dtype), (w_gate_FD, w_up_FD, w_down_FD)
+    if x_TD.shape[0] <= AT_ONCE:
+        _call(x_TD, predictor, weights, act, bank, keep, level, y_TD, None)
+        return y_TD
+    for begin in range(0, x_TD.shape[0], AT_ONCE):
+        some = slice(begin, begin + AT_ONCE)
+        _call(x_TD[some], _of(predictor, some), weights, act, bank, keep, level, y_TD[some], None)
     return y_TD
 
 
 def scores(x_TD: Tensor, predictor: Predictor, w_up_FD: Weight, *, act: str, level: int = _ANY) -> Tensor:
     """fp32 [T, F] of any number of tokens: the very scores that `bank_ffn` compares. `w_up_FD` is not read."""
     found_TF = torch.empty(x_TD.shape[0], tensor_of(w_up_FD).shape[0])
-    for begin in range(0, x_TD.shape[0], _TOKENS_AT_ONCE):
-        some = slice(begin, begin + _TOKENS_AT_ONCE)
-        own = predictor
-        if predictor.kind == "scores":
-            own = predictor._replace(tensors=(predictor.tensors[0][some],))
+    for begin in range(0, x_TD.shape[0], _SCORED_AT_ONCE):
+        some = slice(begin, begin + _SCORED_AT_ONCE)
         weights = (w_up_FD, w_up_FD, w_up_FD)
-        _call(x_TD[some], own, weights, act, _UNIT, 1, level, None, found_TF[some])
+        _call(x_TD[some], _of(predictor, some), weights, act, _UNIT, 1, level, None, found_TF[some])
     return found_TF
+
+
+def _of(p: Predictor, tokens: slice) -> Predictor:
+    """The predictor of some of the tokens."""
+    return p._replace(tensors=(p.tensors[0][tokens],)) if p.kind == "scores" else p
 
 
 _UNIT = 64
 """Channels whose scores a thread computes at once, where there are no banks."""
-_TOKENS_AT_ONCE = 64
+_SCORED_AT_ONCE = 64
 """For which scores are computed from one reading of the predictor."""
 
 
