@@ -64,7 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     model.loss_function = causal_lm_loss  # type: ignore[assignment]
     recipe = recipe_of("dense", None)
     texts = {
-        name: data.prepare(dataclasses.replace(recipe, eval_data=[str(HELDOUT[name])]), found.tokenizer, 0)
+        name: data.prepare(
+            dataclasses.replace(recipe, eval_data=[str(HELDOUT[name])]), found.tokenizer, model.config.vocab_size
+        )
         for name in TEXTS
     }
     train = next(iter(texts.values())).train
@@ -85,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         handle.watch(watched)
         dense = dense or losses(handle, "dense")
         if kind == "quantized 4-bit":
-            gaps = sensitivity(handle, KEEPS)
+            gaps = sensitivity(handle, options.keeps)
         for keep in options.keeps:
             allocations = {"uniform": (keep,) * handle.n_layers}
             if gaps and kind in ("quantized 4-bit", "oracle"):
