@@ -1,16 +1,16 @@
-"""What the handle promises: starts, the first stage, what is added to the loss, the state and its hash, the controls."""
+"""What the handle promises: starts, first stage, what is added to the loss, the state and its hash, the controls."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from tests.tiny_models import tiny_batch, tiny_model
 
 import fallow
 from fallow.errors import CheckpointError, ConfigError, UnsupportedModelError
 from fallow.methods.upcycle.allocation import allocate, sensitivity
 from fallow.methods.upcycle.learning import gated, in_bank_cross_entropy
 from fallow.methods.upcycle.predictors import gram, low_rank
-from tests.tiny_models import tiny_batch, tiny_model
 
 SMALL = {"bank": 16, "keep": 4, "group": 16}
 
