@@ -19,7 +19,7 @@ struct Linear {
   const void* w;
   const void* bias;  // [outputs] or null
   void* y;           // [tokens, outputs]
-  int64_t outputs;
+  int64_t outputs, stride;  // entries from one row of w to the next
   bool by_inputs;
   int64_t chunk, pieces;  // outputs or inputs of a piece, and how many there are
   float* sums;            // by inputs: [pieces, tokens, outputs], in the order of `spread`
@@ -32,13 +32,13 @@ struct Input {
 
 // kRows consecutive outputs of one token.
 template <bool kFma, int kRows, class T>
-FALLOW_INLINE void dots(const T* w, const float* x, int64_t width, bool prefetch, float* out) {
+FALLOW_INLINE void dots(const T* w, int64_t stride, const float* x, int64_t width, bool prefetch, float* out) {
   Lanes sum[kRows] = {};
   int64_t i = 0;
   for (; i + kLine<T> <= width; i += kLine<T>) {
     for (int r = 0; r < kRows; ++r) {
-      const T* at = w + r * width + i;
-      if (prefetch) __builtin_prefetch(at + kRows * width);
+      const T* at = w + r * stride + i;
+      if (prefetch) __builtin_prefetch(at + kRows * stride);
       Lanes first, second;
       split(at, &first, &second);
       sum[r] += dot_line<T>(first, second, x + i);
@@ -46,20 +46,20 @@ FALLOW_INLINE void dots(const T* w, const float* x, int64_t width, bool prefetch
   }
   for (int r = 0; r < kRows; ++r) {
     out[r] = total(sum[r]);
-    for (int64_t k = i; k < width; ++k) out[r] = madd<kFma>(to_float(w[r * width + k]), x[k], out[r]);
+    for (int64_t k = i; k < width; ++k) out[r] = madd<kFma>(to_float(w[r * stride + k]), x[k], out[r]);
   }
 }
 
 // sum += x[r] w[r] over kRows consecutive inputs of one token.
 template <bool kFma, int kRows, class T>
-FALLOW_INLINE void add_rows(const T* w, const float* x, int64_t outputs, bool prefetch, float* sum) {
+FALLOW_INLINE void add_rows(const T* w, int64_t stride, const float* x, int64_t outputs, bool prefetch, float* sum) {
   int64_t o = 0;
   for (; o + kLine<T> <= outputs; o += kLine<T>) {
     Lanes first_sum, second_sum;
     load_two<T>(sum + o, &first_sum, &second_sum);
     for (int r = 0; r < kRows; ++r) {
-      const T* at = w + r * outputs + o;
-      if (prefetch) __builtin_prefetch(at + kRows * outputs);
+      const T* at = w + r * stride + o;
+      if (prefetch) __builtin_prefetch(at + kRows * stride);
       Lanes first, second;
       split(at, &first, &second);
       first_sum += first * x[r];
@@ -68,7 +68,7 @@ FALLOW_INLINE void add_rows(const T* w, const float* x, int64_t outputs, bool pr
     store_two<T>(first_sum, second_sum, sum + o);
   }
   for (; o < outputs; ++o)
-    for (int r = 0; r < kRows; ++r) sum[o] = madd<kFma>(to_float(w[r * outputs + o]), x[r], sum[o]);
+    for (int r = 0; r < kRows; ++r) sum[o] = madd<kFma>(to_float(w[r * stride + o]), x[r], sum[o]);
 }
 
 template <class T>
@@ -77,15 +77,15 @@ struct ByOutputs {
   FALLOW_INLINE static void run(const Linear* l, const Input* x, int64_t piece) {
     const T *w = static_cast<const T*>(l->w), *bias = static_cast<const T*>(l->bias);
     T* y = static_cast<T*>(l->y);
-    const int64_t end = std::min(l->outputs, (piece + 1) * l->chunk), width = x->width;
+    const int64_t end = std::min(l->outputs, (piece + 1) * l->chunk), width = x->width, stride = l->stride;
     for (int64_t o = piece * l->chunk; o < end; o += kSide) {
       const int64_t side = std::min(kSide, end - o);
       for (int64_t t = 0; t < x->tokens; ++t) {
         float out[kSide];
         const float* xt = x->spread + t * width;
-        if (side == kSide) dots<kFma, kSide>(w + o * width, xt, width, t == 0, out);
+        if (side == kSide) dots<kFma, kSide>(w + o * stride, stride, xt, width, t == 0, out);
         else
-          for (int64_t r = 0; r < side; ++r) dots<kFma, 1>(w + (o + r) * width, xt, width, false, out + r);
+          for (int64_t r = 0; r < side; ++r) dots<kFma, 1>(w + (o + r) * stride, stride, xt, width, false, out + r);
         for (int64_t r = 0; r < side; ++r)
           from_float(bias ? out[r] + to_float(bias[o + r]) : out[r], y + t * l->outputs + o + r);
       }
@@ -98,16 +98,16 @@ struct ByInputs {
   template <bool kFma>
   FALLOW_INLINE static void run(const Linear* l, const Input* x, int64_t piece) {
     const T* w = static_cast<const T*>(l->w);
-    const int64_t end = std::min(x->width, (piece + 1) * l->chunk), outputs = l->outputs;
+    const int64_t end = std::min(x->width, (piece + 1) * l->chunk), outputs = l->outputs, stride = l->stride;
     float* sums = l->sums + piece * x->tokens * outputs;
     for (int64_t i = piece * l->chunk; i < end; i += kSide) {
       const int64_t side = std::min(kSide, end - i);
       for (int64_t t = 0; t < x->tokens; ++t) {
         const float* xt = x->plain + t * x->width + i;
         float* sum = sums + t * outputs;
-        if (side == kSide) add_rows<kFma, kSide>(w + i * outputs, xt, outputs, t == 0, sum);
+        if (side == kSide) add_rows<kFma, kSide>(w + i * stride, stride, xt, outputs, t == 0, sum);
         else
-          for (int64_t r = 0; r < side; ++r) add_rows<kFma, 1>(w + (i + r) * outputs, xt + r, outputs, false, sum);
+          for (int64_t r = 0; r < side; ++r) add_rows<kFma, 1>(w + (i + r) * stride, stride, xt + r, outputs, false, sum);
       }
     }
   }
@@ -165,14 +165,14 @@ void linears(std::vector<Linear>& all, const T* x, int64_t tokens, int64_t width
 
 using namespace fallow;
 
-// `n` linears of the same x [tokens, width]; table: per linear the addresses of w, bias (or 0) and y, the number of outputs, and
-// whether w lies by inputs.
-FALLOW_API void fallow_row_linears(const int64_t* table, int64_t n, const void* x, int64_t tokens, int64_t width, int is_bf16,
+// `n` linears of the same x [tokens, width]; table: per linear the addresses of w, bias (or 0) and y, the number of outputs,
+// the entries from one row of w to the next, and whether w's rows are inputs.
+FALLOW_API void fallow_linears_of_rows(const int64_t* table, int64_t n, const void* x, int64_t tokens, int64_t width, int is_bf16,
                                   int n_threads) {
   std::vector<Linear> all;
-  for (const int64_t* at = table; at < table + 5 * n; at += 5)
+  for (const int64_t* at = table; at < table + 6 * n; at += 6)
     all.push_back({reinterpret_cast<const void*>(at[0]), reinterpret_cast<const void*>(at[1]), reinterpret_cast<void*>(at[2]), at[3],
-                   at[4] != 0, 0, 0, nullptr});
+                   at[4], at[5] != 0, 0, 0, nullptr});
   if (is_bf16) linears(all, static_cast<const bf16*>(x), tokens, width, n_threads);
   else linears(all, static_cast<const float*>(x), tokens, width, n_threads);
 }

@@ -41,12 +41,16 @@ def assert_close(name: str, found: torch.Tensor, truth: torch.Tensor, dtype: tor
 
 
 def _linears(dtype, rows, width, sizes, seed=0, by_inputs=()):
-    """Weights whose number is in `by_inputs` lie input by input in memory."""
+    """Weights whose number is in `by_inputs` lie input by input in memory; odd ones lie apart, with NaN between."""
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(*rows, width, generator=g).to(dtype)
     weights = [torch.randn(o, width, generator=g).to(dtype) for o in sizes]
     biases = [torch.randn(o, generator=g).to(dtype) if i % 2 else None for i, o in enumerate(sizes)]
     weights = [w.t().contiguous().t() if i in by_inputs else w for i, w in enumerate(weights)]
+    for i in range(1, len(weights), 2):
+        w = weights[i].t() if i in by_inputs else weights[i]
+        apart = torch.cat([w, torch.full((w.shape[0], 5), torch.nan, dtype=dtype)], 1)[:, : w.shape[1]]
+        weights[i] = apart.t() if i in by_inputs else apart
     return x, weights, biases
 
 

@@ -68,7 +68,18 @@ def _choose(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, backend: str |
 
 _library = torch.library.Library("fallow", "FRAGMENT")
 _library.define("row_attention(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale) -> Tensor")
-_library.impl("row_attention", row_attention, "CompositeExplicitAutograd")
+
+
+def _registered(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """What graphs call, whose shapes have been checked."""
+    global last_used
+    if cpu.available()[0] and cpu.serves(q, k, v, mask):
+        last_used = cpu.name
+        return cpu.row_attention(q, k, v, mask, scale)
+    return row_attention(q, k, v, mask, scale)
+
+
+_library.impl("row_attention", _registered, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("fallow::row_attention", lib=_library)
