@@ -5,8 +5,12 @@
 #if FALLOW_X86
 #include <immintrin.h>
 
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,popcnt,bmi"))), apply_to = function)
+#else
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,popcnt,bmi")
+#endif
 namespace fallow::bank::avx2 {
 
 constexpr bool kFma = true;
@@ -15,10 +19,17 @@ constexpr bool kFma = true;
 #include "bank_kernels.h"
 
 }  // namespace fallow::bank::avx2
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
 #pragma GCC pop_options
+#endif
 
-const fallow::bank::Kernels fallow::bank::avx2_kernels = {
-    fallow::bank::avx2::W,         fallow::bank::avx2::prepare,  fallow::bank::avx2::dots,   fallow::bank::avx2::round, fallow::bank::avx2::coded_dots, fallow::bank::avx2::magnitude,
-    fallow::bank::avx2::sigmoid2,  fallow::bank::avx2::select,   fallow::bank::avx2::mask,   fallow::bank::avx2::ffn,   fallow::bank::avx2::collect,
-};
+namespace fallow::bank {
+
+namespace k = avx2;
+const Kernels avx2_kernels = {k::W,        k::prepare, k::dots, k::round, k::coded_dots, k::magnitude,
+                              k::sigmoid2, k::select,  k::mask, k::ffn,   k::collect};
+
+}  // namespace fallow::bank
 #endif

@@ -6,8 +6,12 @@
 #include <immintrin.h>
 
 #define FALLOW_VNNI 0
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,popcnt,bmi"))), apply_to = function)
+#else
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,popcnt,bmi")
+#endif
 namespace fallow::bank::avx512 {
 
 constexpr bool kFma = true;
@@ -16,10 +20,17 @@ constexpr bool kFma = true;
 #include "bank_kernels.h"
 
 }  // namespace fallow::bank::avx512
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
 #pragma GCC pop_options
+#endif
 
-const fallow::bank::Kernels fallow::bank::avx512_kernels = {
-    fallow::bank::avx512::W,         fallow::bank::avx512::prepare,  fallow::bank::avx512::dots,   fallow::bank::avx512::round, fallow::bank::avx512::coded_dots, fallow::bank::avx512::magnitude,
-    fallow::bank::avx512::sigmoid2,  fallow::bank::avx512::select,   fallow::bank::avx512::mask,   fallow::bank::avx512::ffn,   fallow::bank::avx512::collect,
-};
+namespace fallow::bank {
+
+namespace k = avx512;
+const Kernels avx512_kernels = {k::W,        k::prepare, k::dots, k::round, k::coded_dots, k::magnitude,
+                              k::sigmoid2, k::select,  k::mask, k::ffn,   k::collect};
+
+}  // namespace fallow::bank
 #endif

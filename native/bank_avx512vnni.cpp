@@ -6,8 +6,12 @@
 #include <immintrin.h>
 
 #define FALLOW_VNNI 1
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,popcnt,bmi"))), apply_to = function)
+#else
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,popcnt,bmi")
+#endif
 namespace fallow::bank::avx512vnni {
 
 constexpr bool kFma = true;
@@ -16,10 +20,17 @@ constexpr bool kFma = true;
 #include "bank_kernels.h"
 
 }  // namespace fallow::bank::avx512vnni
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
 #pragma GCC pop_options
+#endif
 
-const fallow::bank::Kernels fallow::bank::avx512vnni_kernels = {
-    fallow::bank::avx512vnni::W,         fallow::bank::avx512vnni::prepare,  fallow::bank::avx512vnni::dots,   fallow::bank::avx512vnni::round, fallow::bank::avx512vnni::coded_dots, fallow::bank::avx512vnni::magnitude,
-    fallow::bank::avx512vnni::sigmoid2,  fallow::bank::avx512vnni::select,   fallow::bank::avx512vnni::mask,   fallow::bank::avx512vnni::ffn,   fallow::bank::avx512vnni::collect,
-};
+namespace fallow::bank {
+
+namespace k = avx512vnni;
+const Kernels avx512vnni_kernels = {k::W,        k::prepare, k::dots, k::round, k::coded_dots, k::magnitude,
+                              k::sigmoid2, k::select,  k::mask, k::ffn,   k::collect};
+
+}  // namespace fallow::bank
 #endif

@@ -11,7 +11,10 @@ constexpr bool kFma = false;
 
 }  // namespace fallow::bank::plain
 
-const fallow::bank::Kernels fallow::bank::plain_kernels = {
-    fallow::bank::plain::W,         fallow::bank::plain::prepare,  fallow::bank::plain::dots,   fallow::bank::plain::round, fallow::bank::plain::coded_dots, fallow::bank::plain::magnitude,
-    fallow::bank::plain::sigmoid2,  fallow::bank::plain::select,   fallow::bank::plain::mask,   fallow::bank::plain::ffn,   fallow::bank::plain::collect,
-};
+namespace fallow::bank {
+
+namespace k = plain;
+const Kernels plain_kernels = {k::W,        k::prepare, k::dots, k::round, k::coded_dots, k::magnitude,
+                              k::sigmoid2, k::select,  k::mask, k::ffn,   k::collect};
+
+}  // namespace fallow::bank
