@@ -64,9 +64,11 @@ def seconds_of(run: Data, prices: dict[str, float]) -> float:
 
 
 def summarise(data: Data, pace: Data) -> dict[str, Summary]:
-    """Every arm that has a finished run."""
+    """Every arm that has a finished run and whose steps have prices."""
     found: dict[str, Summary] = {}
     for run in data["runs"]:
+        if not {*form_of(run["arm"])} <= {*pace["prices_ms"]}:
+            continue
         s = found.setdefault(run["arm"], Summary())
         s.dense[run["seed"]] = run["heldout"]
         if run["heldout_sparse"] is not None:

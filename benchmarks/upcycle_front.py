@@ -53,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--name", default="front", help="of the result: upcycle-NAME.json")
     parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
     parser.add_argument("--keeps", type=int, nargs="+", default=list(KEEPS))
+    parser.add_argument("--uniform", action="store_true", help="the same keep in every layer only: quicker")
     parser.add_argument("--tokens", type=int, default=16_384)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args(argv)
@@ -86,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         handle: Any = fallow.sparsify(model, fallow.Upcycle(**KINDS[kind]))
         handle.watch(watched)
         dense = dense or losses(handle, "dense")
-        if kind == "quantized 4-bit":
+        if kind == "quantized 4-bit" and not options.uniform:
             gaps = sensitivity(handle, options.keeps)
         for keep in options.keeps:
             allocations = {"uniform": (keep,) * handle.n_layers}

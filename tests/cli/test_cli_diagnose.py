@@ -40,10 +40,8 @@ def test_a_run_is_diagnosed_on_rulers_documents(run, capsys) -> None:
     assert result["asked"]["documents"] == 4 and result["layers"] == 2 and result["model"]["method"] == "upcycle"
     assert "Which layer breaks long context?" in (run / "diagnosis.html").read_text()
 
-    assert main(["diagnose", str(run), *argv, "--output", str(run / "other")]) == 0
-    assert (
-        result["verdict"] in " ".join(capsys.readouterr().out.split()) and (run / "other" / "diagnosis.json").is_file()
-    )
+    assert main(["diagnose", str(run), *argv, "--output", str(run / "other.json")]) == 0
+    assert result["verdict"] in " ".join(capsys.readouterr().out.split()) and (run / "other.html").is_file()
 
 
 def test_bad_input_is_one_line_with_its_mend(run, tmp_path, capsys) -> None:

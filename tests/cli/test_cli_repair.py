@@ -74,9 +74,14 @@ def test_the_command_repairs_what_the_diagnosis_names(run, texts, tmp_path, caps
         "asked": {"tasks": ["niah_single_1"], "lengths": [1024], "seed": 3},
     }
     (tmp_path / "diagnosis.json").write_text(json.dumps(diagnosis))
-    argv = [str(run), "--diagnosis", str(tmp_path), *texts, "--output", str(tmp_path / "out"), "--documents", "4"]
+    argv = [str(run), "--diagnosis", str(tmp_path), "--output", str(tmp_path / "out"), "--documents", "4"]
     quick = ["--steps", "2", "--tokens", "1024", "--repairs", "refit", "--json"]
+    before = (run / "run.json").read_text()
+    info = json.loads(before)
+    info["recipe"] |= {"train_data": texts[1:2], "eval_data": texts[3:]}  # where the command finds them
+    (run / "run.json").write_text(json.dumps(info))
     code = main(["repair", *argv, *quick])
+    (run / "run.json").write_text(before)
     out, err = capsys.readouterr()
     if code == 2:  # a random model's answers to RULER are chance: the layer may cost it nothing
         assert "nothing to repair in it" in err
@@ -90,7 +95,7 @@ def test_the_command_repairs_what_the_diagnosis_names(run, texts, tmp_path, caps
 def test_bad_input_is_one_line_with_its_mend(run, texts, tmp_path, capsys) -> None:
     assert "which layer?" in failure(capsys, run, *texts)
     assert "no layer 9; the model has layers 0 to 3" in failure(capsys, run, "--layer", 9, *texts)
-    assert "learns from --data" in failure(capsys, run, "--layer", 1)
+    assert "name --data, plain text" in failure(capsys, run, "--layer", 1)
     assert "no such file" in failure(capsys, run, "--diagnosis", tmp_path / "none.json", *texts)
     (tmp_path / "d.json").write_text('{"kind": "diagnosis", "sweep": null}')
     assert "found no gap" in failure(capsys, run, "--diagnosis", tmp_path / "d.json", *texts)

@@ -32,13 +32,13 @@ def diagnose_command(argv: list[str]) -> int:
         asked.lengths = tuple(length for length in LENGTHS if length <= subject.longest)
         if not asked.lengths:
             raise ConfigError(f"diagnose: {subject.name} has a context of {subject.longest} tokens; give --lengths")
-    folder = output_folder(args.output, args.model, subject)
+    file = output_file(args.output, args.model, subject)
     result = diagnose(subject, asked, say=say)
-    if folder is not None:
-        write(folder / FILE, result)
+    if file is not None:
+        write(file, result)
         from fallow.report.diagnosis import write_page
 
-        say(f"{folder / FILE}; {write_page(result, folder / 'diagnosis.html')}")
+        say(f"{file}; {write_page(result, file.with_suffix('.html'))}")
     if args.json:
         print(json.dumps(result))
     else:
@@ -46,15 +46,15 @@ def diagnose_command(argv: list[str]) -> int:
     return 0
 
 
-def output_folder(asked: Path | None, model: str, subject: Subject) -> Path | None:
+def output_file(asked: Path | None, model: str, subject: Subject) -> Path | None:
     """Where results go: where asked, else beside the run or model; nowhere for a model that is no folder."""
     if asked is not None:
-        return asked
+        return asked if asked.suffix == ".json" else asked / FILE
     if subject.source is None:
         return None
     from fallow.training.finished import find_model
 
-    return find_model(Path(model), verb="diagnose")[0]
+    return find_model(Path(model), verb="diagnose")[0] / FILE
 
 
 def _parser() -> VerbParser:
@@ -71,7 +71,12 @@ def _parser() -> VerbParser:
     parser.add_argument("--documents", type=int, default=8, metavar="N", help="per task and length (8)")
     parser.add_argument("--sweep", type=int, default=12, metavar="N", help="documents that the sweeps use, in all (12)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the documents (0)")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="where both files go (default: beside the model)")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="PATH",
+        help="a folder for both files, or a .json file (default: beside the model)",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 

@@ -30,9 +30,11 @@ def repair_command(argv: list[str]) -> int:
         given["tasks"] = tuple(tasks)
     if lengths := args.lengths or found.get("lengths"):
         given["lengths"] = tuple(lengths)
+    subject = load_subject(args, verb="repair")
+    trained = _trained_on(subject.source)
     asked = Asked(
-        data=args.data,
-        held_data=args.held_data,
+        data=args.data or trained["train_data"],
+        held_data=args.held_data or trained["eval_data"],
         held_lengths=tuple(args.held_lengths or ()),
         documents=args.documents,
         seed=found.get("seed", 0) if args.seed is None else args.seed,
@@ -43,7 +45,6 @@ def repair_command(argv: list[str]) -> int:
         lr=args.lr,
         **given,
     )
-    subject = load_subject(args, verb="repair")
     output = args.output or (None if subject.source is None else Path(f"{_base(subject.source)}-repaired"))
     if output is None:
         raise ConfigError("repair: name the folder for the repaired model with --output")
@@ -56,6 +57,14 @@ def repair_command(argv: list[str]) -> int:
     else:
         _print(record)
     return 0 if record["accepted"] is not None else 1
+
+
+def _trained_on(source: Path | None) -> dict[str, list[str]]:
+    """The texts that the run's recipe names."""
+    from fallow.training.runfolder import RunFolder
+
+    recipe = ((RunFolder(source.parent).read() or {}) if source else {}).get("recipe") or {}
+    return {name: list(recipe.get(name) or []) for name in ("train_data", "eval_data")}
 
 
 def _base(source: Path) -> Path:
@@ -109,8 +118,10 @@ def _parser() -> VerbParser:
     which.add_argument(
         "--diagnosis", type=Path, metavar="FILE", help="take layer, tasks and lengths from fallow diagnose"
     )
-    parser.add_argument("--data", nargs="+", default=[], metavar="FILE", help="plain text that repairs learn from")
-    parser.add_argument("--held-data", nargs="+", default=[], metavar="FILE", help="other text, that judges them")
+    parser.add_argument("--data", nargs="+", default=[], metavar="FILE", help="plain text to learn from (the run's)")
+    parser.add_argument(
+        "--held-data", nargs="+", default=[], metavar="FILE", help="other text, that judges (the run's)"
+    )
     parser.add_argument("--output", type=Path, metavar="DIR", help="a new folder for the repaired model (RUN-repaired)")
     parser.add_argument("--repairs", nargs="+", default=[], metavar="NAME", help="only these of the five")
     parser.add_argument(

@@ -57,7 +57,7 @@ class Asked:
 
     def __post_init__(self) -> None:
         if not self.data or not self.held_data:
-            raise ConfigError("repair: it learns from --data and is judged on --held-data: plain text, not the same")
+            raise ConfigError("repair: name --data, plain text to learn from, and --held-data, other text that judges")
         if not 0 < self.target <= 1:
             raise ConfigError(f"repair: --target {self.target} must lie above 0 and not above 1")
         if self.documents < 4:

@@ -6,10 +6,11 @@
     config.json                the stock config and the settings (`upcycle_config.py`)
     generation_config.json, tokenizer files: as in a stock folder
 
-Verified by loading it the stock way, in fp32 (why: `agreement.py`): tensors bit for bit, and logits of the sparse
-forward both as in training (many tokens, dense GEMMs and a mask) and as in decoding (a few tokens, living rows only).
-With int8 the model in hand answers with the same rounded weights, so that rounding, which is meant, hides no mistake;
-what it costs is told beside. Cost: the weights twice in fp32.
+Verified by loading it the stock way, in fp32 (why: `agreement.py`): tensors bit for bit, logits of the sparse forward
+as in training (many tokens, dense GEMMs and a mask), and what every FFN makes of a few tokens, as in decoding (living
+rows only). The latter layer by layer, each from the same inputs: int8 kernels round inputs by 1e-5, and in a deep model
+a near tie of scores anywhere makes logits of that. With int8 the model in hand answers with the same rounded weights,
+so that rounding, which is meant, hides no mistake; what it costs is told beside. Cost: the weights twice in fp32.
 """
 
 from __future__ import annotations
@@ -29,24 +30,27 @@ from fallow.errors import CheckpointError, ConfigError
 from fallow.exporting import Written
 from fallow.exporting.agreement import Bounds, agreement, probe, require
 from fallow.exporting.hf import save, take_buffers
+from fallow.exporting.rounding import Rounded, round_ffns
 from fallow.exporting.stock import StockTensors, as_evaluated, compare, refuse_odd_keys
 from fallow.exporting.upcycle_config import FORMAT, UpcycleConfig, UpcycledForCausalLM
 from fallow.exporting.upcycled import PREDICTORS, settings_of, write_predictors
 from fallow.methods.upcycle import UpcycleMethod
 from fallow.methods.upcycle.fingerprint import fingerprint
-from fallow.ops.bank_ffn import MOST_TOKENS, int8_rows
+from fallow.ops.bank_ffn import MOST_TOKENS
 
 BOUNDS = Bounds(top1=0.995, error=0.01)
+DECODING = 0.01
+"""Mean |difference| over mean |output| of an FFN."""
 _TEXT = "The quick brown fox\n\tjumps over 13 lazy dogs: äöü, 你好, naïve! def f(x): return x**2"
 
 
 class _Answers(NamedTuple):
-    whole_BTV: Tensor
-    """Logits of whole rows, computed as in training."""
-    few_BtV: Tensor
-    """Of their first tokens, computed as in decoding."""
-    loss: float | None
-    """Nats per token on the batch that training watched, if there is one."""
+    logits_BTV: Tensor
+    """Computed as in training."""
+    ffns: list[tuple[Tensor, Tensor]]
+    """Of each layer a few inputs [t, D] and outputs, computed as in decoding."""
+    watched: tuple[float, Tensor] | None
+    """On the batch that training watched, if there is one: nats per token, and the likeliest tokens."""
 
 
 def write(model: PreTrainedModel, folder: Path, *, int8: bool = False) -> Written:
@@ -58,27 +62,26 @@ def write(model: PreTrainedModel, folder: Path, *, int8: bool = False) -> Writte
         CheckpointError: what was written does not load as the same model.
     """
     handle, tensors = _handle(model), StockTensors(model)
-    rounded = _round(handle) if int8 else _Rounded({}, {})
     with as_evaluated(model, "sparse"):
         single = {n: x.float() for n, x in (*model.named_parameters(), *model.named_buffers()) if x.is_floating_point()}
         before = _answers(model, single, handle)  # starts the predictors that have not been
+        rounded = round_ffns(model, handle, single) if int8 else Rounded([], {}, {}, [])
         wanted = _answers(model, single | rounded.whole, handle) if int8 else before
         del single
         kept = {name: tensors[name] for name in tensors.names if name not in rounded.whole}
         save(model, folder, kept | rounded.stored)
-        _write_config(handle, folder, int8=int8)
+        _write_config(handle, folder, int8=rounded.layers)
         belong = {"weights": fingerprint(handle.layers, rounded.whole)}
         write_predictors(handle.state_dict() | belong, folder / PREDICTORS)
         loaded = _load(folder)
         said = [compare(tensors, loaded, "export", changed=rounded.whole), *_tokenizer_words(folder)]
         take_buffers(model, loaded)
-        found = _answers(loaded.to(model.device), {}, handle)  # type: ignore[arg-type]
+        found = _answers(loaded.to(model.device), {}, handle, wanted.ffns)  # type: ignore[arg-type]
         what = "the folder by stock transformers and `import fallow`"
-        said.append(require(agreement(wanted.whole_BTV, found.whole_BTV), what, BOUNDS))
-        decoding = "the same decoding, living rows only,"
-        said.append(require(agreement(wanted.few_BtV, found.few_BtV), decoding, BOUNDS))
+        said.append(require(agreement(wanted.logits_BTV, found.logits_BTV), what, BOUNDS))
+        said.append(_same_decoding(wanted, found))
         if int8:
-            said.append(_price(before, found))
+            said += [*rounded.said, _price(before, found)]
     return Written(dense_bytes=tensors.nbytes(), packed_layers=0, verified=said)
 
 
@@ -104,28 +107,7 @@ def _handle(model: PreTrainedModel) -> UpcycleMethod:
     return handle
 
 
-class _Rounded(NamedTuple):
-    """FFN weights in 8 bits."""
-
-    stored: dict[str, Tensor]
-    """As the file has them: codes and scales."""
-    whole: dict[str, Tensor]
-    """What they stand for, fp32, under the stock names and in the stock shapes."""
-
-
-@torch.no_grad()
-def _round(handle: UpcycleMethod) -> _Rounded:
-    made = _Rounded({}, {})
-    for where in (each for layer in handle.layers for each in layer.view.parameters_along_channels()):
-        if where.parameter.dim() == 2:
-            rows = int8_rows(where.parameter.detach().movedim(where.dim, 0))
-            layer = where.name.removesuffix(".weight")
-            made.stored[f"{layer}.codes"], made.stored[f"{layer}.scale"] = rows
-            made.whole[where.name] = rows.dense(torch.float32).movedim(0, where.dim)
-    return made
-
-
-def _write_config(handle: UpcycleMethod, folder: Path, *, int8: bool) -> None:
+def _write_config(handle: UpcycleMethod, folder: Path, *, int8: list[int]) -> None:
     """Put the stock config that lies in `folder` into one of ours."""
     file = folder / "config.json"
     stock = json.loads(file.read_text())
@@ -162,26 +144,69 @@ def _tokenizer_words(folder: Path) -> list[str]:
 
 
 @torch.no_grad()
-def _answers(model: PreTrainedModel, weights: dict[str, Tensor], handle: UpcycleMethod) -> _Answers:
-    """Of the sparse model with these weights in the places of its own; the watched batch is that of `handle`."""
+def _answers(
+    model: PreTrainedModel,
+    weights: dict[str, Tensor],
+    handle: UpcycleMethod,
+    ffns: list[tuple[Tensor, Tensor]] | None = None,
+) -> _Answers:
+    """Of the sparse model with these weights in the places of its own.
+
+    Args:
+        handle: the one that watches the batch.
+        ffns: another model's; its FFNs are given the same inputs.
+    """
     ids_BT = probe(model.get_input_embeddings().weight.shape[0], model.device)  # type: ignore[union-attr]
+    own: UpcycleMethod = model._fallow  # type: ignore[assignment]
 
     def call(**kwargs: Any) -> Any:
         return functional_call(model, weights, kwargs=kwargs | {"use_cache": False})
 
-    own: UpcycleMethod = model._fallow  # type: ignore[assignment]
+    own.set_mode("sparse")  # what layers derived from other weights is dropped, before and after
     try:
-        own.set_mode("sparse")  # what layers derived from other weights is dropped, before and after
-        rows = [call(input_ids=ids_1T[:, :MOST_TOKENS]).logits.float() for ids_1T in ids_BT.split(1)]
-        loss = None if handle.watched.batch is None else float(call(**handle.watched.batch).loss)
-        return _Answers(call(input_ids=ids_BT).logits.float(), torch.cat(rows), loss)
+        inputs: list[Tensor] = []
+        outputs: list[Tensor] = []
+        with own.watched.passing(sparse=True, observer=lambda _, x_TD: inputs.append(x_TD)):
+            for layer in own.layers:
+                layer.heard = outputs.append
+            if ffns is None:
+                call(input_ids=ids_BT[:1, :MOST_TOKENS])
+            else:
+                for layer, (x_TD, _) in zip(own.layers, ffns, strict=True):
+                    layer.forward(x_TD)
+        batch = None if handle.watched.batch is None else call(**handle.watched.batch)
+        watched = None if batch is None else (float(batch.loss), batch.logits.argmax(-1))
+        del batch
+        pairs = [(x, y.view(x.shape)) for x, y in zip(inputs, outputs, strict=True)]
+        return _Answers(call(input_ids=ids_BT).logits.float(), pairs, watched)
     finally:
         own.set_mode("sparse")
 
 
+def _same_decoding(wanted: _Answers, found: _Answers) -> str:
+    """Words for `verified`, or CheckpointError where an FFN decodes otherwise."""
+    errors = [
+        float((y - z).abs().mean() / y.abs().mean().clamp_min(1e-30))
+        for (_, y), (_, z) in zip(wanted.ffns, found.ffns, strict=True)
+    ]
+    if not max(errors) <= DECODING:
+        raise CheckpointError(
+            f"export: loaded again, layer {errors.index(max(errors))} decodes otherwise than the model's:"
+            f" outputs differ by {max(errors):.1%}, allowed is {DECODING:.0%}; nothing was written"
+        )
+    return (
+        f"decoding, which reads living rows only: outputs of {len(errors)} FFNs within {max(errors):.1e} of the model's"
+    )
+
+
 def _price(before: _Answers, after: _Answers) -> str:
     """What int8 cost, in words."""
-    said = f"int8 against the weights before rounding: {agreement(before.whole_BTV, after.whole_BTV).words()}"
-    if before.loss is None or after.loss is None:
-        return f"{said}; no batch was watched to take the loss of"
-    return f"{said}; loss on the watched batch {after.loss:.4f}, {after.loss - before.loss:+.4f} nats"
+    if before.watched is None or after.watched is None:
+        words = agreement(before.logits_BTV, after.logits_BTV).words()
+        return f"int8 against the weights before rounding, no text being watched: {words} (random ones)"
+    (loss, top_BT), (rounded_loss, rounded_top_BT) = before.watched, after.watched
+    same = float((top_BT == rounded_top_BT).float().mean())
+    return (
+        f"int8 against the weights before rounding: loss {rounded_loss:.4f}, {rounded_loss - loss:+.4f} nats, the same"
+        f" likeliest token {same:.1%} of the time, on the {top_BT.numel()} tokens that training watched"
+    )

@@ -22,8 +22,8 @@ class UpcycleConfig(PreTrainedConfig):
     """Attributes:
 
     text_config: the config of the stock model.
-    fallow: "format", "version" of the fallow that wrote it, "int8" (whether FFN weights are `Int8Linear`'s), and
-        "upcycle", the settings of `fallow.Upcycle`.
+    fallow: "format", "version" of the fallow that wrote it, "int8" (the layers whose FFN weights are `Int8Linear`'s),
+        and "upcycle", the settings of `fallow.Upcycle`.
     """
 
     model_type = "fallow_upcycle"

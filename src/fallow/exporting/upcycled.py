@@ -83,9 +83,10 @@ def load(name: Any, *args: Any, config: UpcycleConfig, **kwargs: Any) -> Any:
         raise CheckpointError(f"{name} holds no {PREDICTORS}; export the model again") from None
     state, stock = read_predictors(Path(file)), config.text_config
     later = _later(config, kwargs)
-    loader: Any = _rounded_class(stock) if config.fallow["int8"] else AutoModelForCausalLM
+    int8 = config.fallow["int8"]
+    loader: Any = _rounded_class(stock, int8) if int8 else AutoModelForCausalLM
     model, notes = loader.from_pretrained(name, *args, config=stock, output_loading_info=True, **kwargs)
-    if config.fallow["int8"]:
+    if int8:
         model.__class__ = loader.__base__
     handle = sparsify(model, Upcycle(**config.fallow["upcycle"]))
     handle.load_state_dict(state)
@@ -117,15 +118,16 @@ def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
     model._fallow.set_mode("sparse")  # type: ignore[union-attr, operator]  # what it derived from the weights is dropped
 
 
-def _rounded_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """The stock class, made with its FFNs in 8 bits."""
+def _rounded_class(config: PreTrainedConfig, layers: list[int]) -> type[PreTrainedModel]:
+    """The stock class, made with the FFNs of these layers in 8 bits."""
     with torch.device("meta"):
         stock = type(AutoModelForCausalLM.from_config(config))
 
     class Rounded(stock):  # type: ignore[valid-type, misc]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
-            for view in anatomy.inspect(self).ffns:
-                view.put_int8()
+            ffns = anatomy.inspect(self).ffns
+            for n in layers:
+                ffns[n].put_int8()
 
     return Rounded
