@@ -237,7 +237,7 @@ def test_without_one_set_of_experts_there_is_nothing_to_export(tmp_path) -> None
 
 
 def test_every_target_is_a_module_and_a_case() -> None:
-    assert {to for *_, to in CASES} | {"hf", "packed", "gguf", "gguf_f32"} == set(TARGETS)
+    assert {to for *_, to in CASES} | {"hf", "packed", "gguf", "gguf_f32", "fallow"} == set(TARGETS)
 
 
 def test_a_killed_export_leaves_nothing_that_looks_whole(tmp_path) -> None:

@@ -54,19 +54,19 @@ def layers(values: list[float]) -> list[list[Any]]:
 def test_pictures_say_what_the_run_saw(tmp_path: Path) -> None:
     insight = json.loads(upcycled_insight())
     looks, fits = insight["looks"], insight["fits"]
-    assert [look["step"] for look in looks] == [0, 8, 16, 24, 32] and len(fits) == 10
+    assert [look["step"] for look in looks] == [0, 8, 16, 24, 32, 40] and len(fits) == 10
     block = block_of(upcycled(tmp_path))
     assert shown(block) == ALL
     recall = hovered(block, "recall")
     assert recall["first, step 0"] == layers(looks[0]["recall"])
-    assert recall["last look, step 32"] == layers(looks[-1]["recall"]) and recall["chance"] == layers(
+    assert recall["last look, step 40"] == layers(looks[-1]["recall"]) and recall["chance"] == layers(
         looks[-1]["random"]
     )
     for name in ("entropy", "dead"):
         if name in {key for key in shown(block)} and "<svg" in next(
             f.body for f in block.figures if f.key.endswith(name)
         ):
-            assert hovered(block, name)["last look, step 32"] == layers(looks[-1][name])
+            assert hovered(block, name)["last look, step 40"] == layers(looks[-1][name])
     fitted = [[f["tokens"], pytest.approx(sum(f["recall"]) / 3, abs=1e-5)] for f in fits]
     assert hovered(block, "fit")["recall"] == fitted
     keep = next(f for f in block.figures if f.key.endswith("keep"))
@@ -205,7 +205,7 @@ def test_layers_without_a_number_keep_their_place(tmp_path: Path) -> None:
     insight["looks"][-1]["recall"][1] = None
     edit_run(folder / "upcycle", insight=insight)
     values = insight["looks"][-1]["recall"]
-    found = hovered(block_of(folder), "recall")["last look, step 32"]
+    found = hovered(block_of(folder), "recall")["last look, step 40"]
     assert found == [[1, pytest.approx(values[0], abs=1e-5)], [3, pytest.approx(values[2], abs=1e-5)]]
 
 
