@@ -45,10 +45,10 @@ def failure(capsys, *argv: object) -> str:
 
 def test_a_repaired_model_is_written_with_its_record_and_read_again(run, tmp_path) -> None:
     made = load(str(run), verb="test")
-    held = answers_of(made, count=8, lengths=(24,), seed=9)
+    held = answers_of(made, count=64, lengths=(24,), seed=9)
     papers = Documents(answers=answers_of(made, count=16, lengths=(24,)), held=held, texts={})
     windows = torch.randint(2, 2000, (16, 128), generator=torch.Generator().manual_seed(0))
-    asked = Asked(data=["a"], held_data=["b"], lengths=(24,), steps=40, repairs=("refit",))
+    asked = Asked(data=["a"], held_data=["b"], lengths=(24,), steps=150, repairs=("refit",))
     record = repair_layer(made, 2, papers, windows, asked)
     assert record["accepted"]
     folder = mended.write(made, tmp_path / "out", record)
