@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.evaluation.subjects import run_folder, subject
 from tests.tiny_models import tiny_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 import fallow
 from fallow.cli import main
+from fallow.evaluation.subject import load
 from fallow.exporting.agreement import agreement, probe
 from fallow.training.callback import save_state
 
@@ -166,3 +168,82 @@ def test_experts_without_their_settings_or_state_are_refused(grouped, model_fold
     (grouped / "run.json").write_text(json.dumps({"status": "finished"}))
     assert "does not tell the method's settings" in failure(capsys, grouped, "--to", "mixtral")
     assert not (grouped / "export-mixtral").exists()
+
+
+@pytest.fixture(scope="module")
+def upcycled(tmp_path_factory) -> Path:
+    """A finished run of method upcycle, and its exports to fallow: export-fallow, and int8 as int8/."""
+    run = run_folder(tmp_path_factory.mktemp("runs") / "upcycle", subject(context=256))
+    assert main(["export", str(run), "--to", "fallow"]) == 0
+    assert main(["export", str(run), "--to", "fallow", "--int8", "--output", str(run / "int8")]) == 0
+    return run
+
+
+def test_an_upcycled_run_is_exported_with_its_predictors(upcycled, capsys) -> None:
+    assert main(["export", str(upcycled), "--to", "fallow", "--overwrite", "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["to"] == "fallow" and "predictors.safetensors" in figures["files"]
+    sizes = [(upcycled / f / "model.safetensors").stat().st_size for f in ("export-fallow", "int8")]
+    assert sizes[0] - sizes[1] > 6 * 64 * 32 * 3 * 0.9  # of four bytes a weight, one is left
+    wanted = load(str(upcycled), verb="test")
+    for folder in ("export-fallow", "int8"):
+        found = load(str(upcycled / folder), verb="test")
+        assert found.about["method"] == "upcycle" and found.modes == ("dense", "sparse")
+        ids = torch.arange(64).view(1, 64) * 7
+        with wanted.evaluated("sparse"), found.evaluated("sparse"):
+            reached = agreement(wanted.model(input_ids=ids).logits, found.model(input_ids=ids).logits)
+        assert reached.top1 > (0.99 if folder == "export-fallow" else 0.8), reached
+
+
+@pytest.mark.parametrize("folder", ["export-fallow", "int8"])
+def test_an_exported_folder_generates_and_is_evaluated(upcycled, folder, tmp_path, capsys) -> None:
+    place = str(upcycled / folder)
+    assert main(["generate", place, "--prompt", "The grass is", "--max-new-tokens", "4", "--eager", "--json"]) == 0
+    (text,) = json.loads(capsys.readouterr().out)["generated"]
+    assert text["mode"] == "sparse" and 1 <= text["tokens"] <= 4
+    data = tmp_path / "text.txt"
+    data.write_text("The grass is green. The sky is blue. " * 60)
+    argv = [
+        "evaluate",
+        place,
+        "--tasks",
+        "perplexity",
+        "--data",
+        str(data),
+        "--lengths",
+        "64",
+        "--limit",
+        "2",
+        "--json",
+    ]
+    assert main(argv) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["modes"] == ["dense", "sparse"] and len(result["rows"]) == 1
+    assert main(["export", place, "--to", "hf", "--output", str(tmp_path / "hf")]) == 0
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    assert stock.config.model_type == "llama" and getattr(stock, "_fallow", None) is None
+
+
+def test_lm_eval_takes_an_exported_folder(upcycled) -> None:
+    pytest.importorskip("lm_eval")
+    from fallow.evaluation.harness import FallowLM
+
+    lm = FallowLM(str(upcycled / "export-fallow"), mode="sparse")
+    loss, greedy = lm._loglikelihood_tokens([(("The sky", " is"), [5, 6], [7])])[0]
+    assert loss < 0 and isinstance(greedy, bool)
+
+
+def test_an_upcycled_run_is_dense_elsewhere_or_nothing(upcycled, tmp_path, capsys) -> None:
+    out = tmp_path / "out"
+    for source in (upcycled, upcycled / "int8"):
+        for to in ("mixtral", "gguf"):
+            said = failure(capsys, source, "--to", to, "--output", out)
+            assert f"{to} cannot express Upcycle's predictors" in said and "fallow" in said and not out.exists()
+    assert "int8 is for fallow" in failure(capsys, upcycled, "--to", "hf", "--int8", "--output", out)
+    assert main(["export", str(upcycled), "--to", "hf", "--output", str(out)]) == 0
+    assert "bit for bit" in capsys.readouterr().out
+
+
+def test_a_dense_model_is_told_how_it_gets_predictors(model_folder, tmp_path, capsys) -> None:
+    said = failure(capsys, model_folder, "--to", "fallow", "--output", tmp_path / "out")
+    assert "this one has none; train it with method upcycle" in said and not (tmp_path / "out").exists()

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tests.exporting.test_export_gguf import byte_level
 from tests.tiny_models import tiny_batch, tiny_model
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, pipeline
 
 import fallow
 from fallow import Upcycle
@@ -24,7 +24,7 @@ from fallow.exporting.agreement import agreement, probe
 from fallow.exporting.hf import take_buffers
 from fallow.exporting.stock import load_folder
 from fallow.exporting.upcycled import PREDICTORS
-from fallow.methods.upcycle import layers
+from fallow.methods.upcycle import UpcycleMethod, layers
 from fallow.ops.bank_ffn import Int8Rows
 
 SMALL = {"bank": 16, "keep": 4}
@@ -230,6 +230,42 @@ def test_int8_is_what_decoding_reads(tmp_path, family, monkeypatch) -> None:
     assert agreement(logits(model, "dense"), logits(loaded, "dense")).error < 0.02
 
 
+def massive() -> tuple[PreTrainedModel, UpcycleMethod]:
+    """A channel of layer 1 writes one number that dwarfs the rest of its row; the labels are what the model says."""
+    model = tiny_model("llama").eval()
+    with torch.no_grad():
+        mlp = model.model.layers[1].mlp
+        mlp.gate_proj.weight[5] *= 10
+        mlp.up_proj.weight[5] *= 10
+        mlp.down_proj.weight[3, 5] = 5.0
+        model.lm_head.weight[:, 3] = 0.0
+        model.lm_head.weight *= 50
+        ids_BT = tiny_batch(seed=3, batch=4, tokens=64)["input_ids"]
+        labels_BT = model(input_ids=ids_BT).logits.argmax(-1).roll(1, 1)
+    handle = fallow.sparsify(model, Upcycle(**SMALL))
+    handle.watch({"input_ids": ids_BT, "labels": labels_BT})
+    handle.set_mode("sparse")
+    return model, handle
+
+
+def test_a_layer_that_int8_harms_stays_as_it_is(tmp_path) -> None:
+    model, _ = massive()
+    done = fallow.export(model, tmp_path / "out", to="fallow", int8=True)
+    assert any(line.startswith("layer 1 stays in float32: in int8 it alone costs +") for line in done.verified)
+    loaded = load(tmp_path / "out")
+    assert isinstance(loaded.model.layers[0].mlp.up_proj, Int8Linear)
+    assert torch.equal(loaded.model.layers[1].mlp.up_proj.weight, model.model.layers[1].mlp.up_proj.weight)
+    assert agreement(logits(model, "dense"), logits(loaded, "dense")).top1 > 0.95
+
+
+def test_without_watched_text_no_layer_is_tried(tmp_path) -> None:
+    model, handle = massive()
+    handle.watched.batch = None
+    done = fallow.export(model, tmp_path / "out", to="fallow", int8=True)
+    assert isinstance(load(tmp_path / "out").model.layers[1].mlp.up_proj, Int8Linear)
+    assert "no text being watched" in done.verified[-1]
+
+
 def test_an_int8_model_moves_and_becomes_stock_again(tmp_path) -> None:
     model, _ = made()
     fallow.export(model, tmp_path / "out", to="fallow", int8=True)
@@ -356,6 +392,23 @@ def test_what_reads_back_differently_is_not_kept(tmp_path, monkeypatch) -> None:
             with pytest.raises(CheckpointError, match=match):
                 fallow.export(model, tmp_path / "out", to="fallow", int8=int8)
         assert os.listdir(tmp_path) == [], name
+
+
+def test_a_folder_that_decodes_otherwise_is_not_kept(tmp_path, monkeypatch) -> None:
+    model, _ = made()
+    read = target._load
+
+    def other_packing(folder):
+        loaded = read(folder)
+        predictor = loaded._fallow.layers[1].predictor
+        packed = predictor.packed
+        predictor.packed = lambda w: packed(w)._replace(tilt_F=torch.arange(64.0))
+        return loaded
+
+    monkeypatch.setattr(target, "_load", other_packing)
+    with pytest.raises(CheckpointError, match=r"layer 1 decodes otherwise than the model's.*nothing was written"):
+        fallow.export(model, tmp_path / "out", to="fallow")
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
