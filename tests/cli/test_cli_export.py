@@ -18,6 +18,7 @@ import fallow
 from fallow.cli import main
 from fallow.evaluation.subject import load
 from fallow.exporting.agreement import agreement, probe
+from fallow.training import models
 from fallow.training.callback import save_state
 
 
@@ -247,3 +248,8 @@ def test_an_upcycled_run_is_dense_elsewhere_or_nothing(upcycled, tmp_path, capsy
 def test_a_dense_model_is_told_how_it_gets_predictors(model_folder, tmp_path, capsys) -> None:
     said = failure(capsys, model_folder, "--to", "fallow", "--output", tmp_path / "out")
     assert "this one has none; train it with method upcycle" in said and not (tmp_path / "out").exists()
+
+
+def test_an_exported_folder_is_not_trained(upcycled) -> None:
+    with pytest.raises(fallow.FallowError, match=r"for serving; train its dense companion: fallow export .* --to hf"):
+        models.load(str(upcycled / "int8"), None, torch.float32)

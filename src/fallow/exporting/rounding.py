@@ -4,8 +4,9 @@ A channel's row of the down projection may be nearly a single number: a channel 
 later layers use as an attention sink. Its step of 1/127 of that number is as large as the rest of the row, and every
 token attends to the result: in SmolLM2-135M one layer of 30 costs 0.046 nats and the other 29 nothing measurable. Which
 layer it is only the loss tells (other layers have such rows and do not mind), so suspects are tried, one at a time.
-Finer steps for such rows would need a format that the kernels do not read. Cost: a dense pass over the watched batch
-for every suspect.
+Finer steps for such rows would need a format that the kernels do not read. With that layer spared, int8 costs 0.006 ±
+0.003 nats on WikiText-2, sparse; low-bit predictors are made anew of the rounded weights and are none the worse for it.
+Cost: a dense pass over the watched batch for every suspect.
 """
 
 from __future__ import annotations

