@@ -35,7 +35,13 @@ def test_bytes_are_those_that_the_kernels_are_given(settings: dict[str, Any], dt
     held = sum(t.nbytes for t in packed.tensors) + packed.tilt_F.nbytes
     config = {"selection": "predictor", "bits": 4, "group": 64} | settings
     run = Upcycled(
-        settings=config, bank=16, keep=[4, 4], width=32, channels=64, weight_bytes=w.w_up_FD.element_size(), dtype=""
+        settings=config,
+        bank=16,
+        keep=[4, 4],
+        width=32,
+        channels=64,
+        weight_bytes=w.w_up_FD.element_size(),
+        dtype=str(dtype).removeprefix("torch."),
     )
     assert run.predictor == pytest.approx(held / (3 * w.w_up_FD.nbytes))
     assert run.reads == pytest.approx(0.25 + held / (3 * w.w_up_FD.nbytes))

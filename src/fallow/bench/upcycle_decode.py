@@ -173,17 +173,17 @@ def bytes_read(model: PreTrainedModel, handle: Any | None = None) -> int:
     return total + len(handle.layers) * sum(t.nbytes for t in (*predictor.tensors, predictor.tilt_F) if t is not None)
 
 
-def _down(view: FFNView) -> torch.nn.Parameter:
-    """The down projection, whose layout in memory Upcycle changes."""
-    return view.parameters_along_channels()[-1].parameter
+def _weights(view: FFNView) -> list[torch.nn.Parameter]:
+    """The FFN's, whose layout in memory Upcycle changes."""
+    return [where.parameter for where in view.parameters_along_channels()]
 
 
-def _twin(model: PreTrainedModel, downs: list[torch.nn.Parameter] | None = None) -> PreTrainedModel:
-    """Another model of the same parameters, but for the down projections: `downs`, or copies."""
+def _twin(model: PreTrainedModel, laid_out: list[list[torch.nn.Parameter]] | None = None) -> PreTrainedModel:
+    """Another model of the same parameters, but for those of the FFNs: `laid_out`, or copies."""
     memo = {id(p): p for p in model.parameters()}
     for i, view in enumerate(anatomy.inspect(model).ffns):
-        down = _down(view)
-        memo[id(down)] = torch.nn.Parameter(down.detach().clone()) if downs is None else downs[i]
+        for j, own in enumerate(_weights(view)):
+            memo[id(own)] = torch.nn.Parameter(own.detach().clone()) if laid_out is None else laid_out[i][j]
     return copy.deepcopy(model, memo)
 
 
@@ -201,8 +201,8 @@ def upcycled(model: PreTrainedModel, config: Upcycle) -> tuple[PreTrainedModel, 
 
 
 def everything_kept(model: PreTrainedModel, handle: Any) -> PreTrainedModel:
-    """A dense twin whose FFNs are `bank_ffn` with every channel kept, on the handle's down projections."""
-    kept = _twin(model, [_down(layer.view) for layer in handle.layers])
+    """A dense twin whose FFNs are `bank_ffn` with every channel kept, on the handle's weights."""
+    kept = _twin(model, [_weights(layer.view) for layer in handle.layers])
     for view in anatomy.inspect(kept).ffns:
         view.install(_keeping_all(view))
     return kept

@@ -21,7 +21,7 @@ CONTROLS = {
     "threshold": "wherever they exceed a threshold, however many that are",
 }
 """Who chooses where it is not a predictor: nothing serves these."""
-_SCALE_BYTES, _TILT_BYTES = 2, 4
+_SCALE_BYTES, _ROW_SCALE_BYTES, _TILT_BYTES = 2, 4, 4
 
 
 @dataclass(kw_only=True, slots=True)
@@ -77,6 +77,8 @@ class Upcycled:
             return None
         rank, bits, group = self.rank, number(self.settings, "bits"), number(self.settings, "group")
         thin = None if rank is None else rank * (d + f) * self.weight_bytes
+        if rank is not None and self.dtype == "bfloat16":
+            thin = rank * (d + f) + _ROW_SCALE_BYTES * (rank + f)  # served as int8 rows
         copies = 2 * d * f * (bits / 8 + _SCALE_BYTES / group) if bits and group else None
         own = {"linear": thin, "bilinear": thin and 2 * thin, "quantized": copies}.get(self.kind)
         return None if own is None else (own + _TILT_BYTES * f) / (3 * d * f * self.weight_bytes)

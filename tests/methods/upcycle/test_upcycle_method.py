@@ -56,6 +56,33 @@ def test_generate_runs_sparse_and_differs_from_dense():
     assert not torch.equal(sparse, dense)
 
 
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_what_was_laid_out_for_decoding_is_saved_trained_and_handed_back_like_any_model(family, tmp_path):
+    model, handle = upcycled(family)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    handle.set_mode("sparse")
+    model.eval()
+    model.generate(tiny_batch(tokens=6, batch=1)["input_ids"], max_new_tokens=3, do_sample=False)
+    weights = [where.parameter for layer in handle.layers for where in layer.view.parameters_along_channels()]
+    assert not all(p.is_contiguous() for p in weights), "the layout under test was not made"
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    for name, p in loaded.named_parameters():
+        assert torch.equal(p, before[name]) and torch.equal(p, model.get_parameter(name)), name
+
+    model.train()
+    handle.before_step(0, 2)
+    assert all(p.is_contiguous() for p in weights)
+    assert len({p.untyped_storage().data_ptr() for p in weights}) == len(weights), "each owns its storage"
+    loss_of(model).backward()
+    handle.after_step(0, 2)
+    model.zero_grad()
+
+    model.eval()
+    model.generate(tiny_batch(tokens=6, batch=1)["input_ids"], max_new_tokens=3, do_sample=False)
+    assert all(torch.equal(p, before[name]) and p.is_contiguous() for name, p in handle.remove().named_parameters())
+
+
 def test_a_layer_can_be_restored_alone():
     model, handle = upcycled()
     handle.set_mode("sparse")

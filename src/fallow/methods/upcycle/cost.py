@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 from fallow.methods.upcycle.config import Upcycle
 
-FACTOR_BYTES = 2
-"""Predictors' factors are served in the model's dtype, bf16."""
+FACTOR_BYTES, SCALE_BYTES = 1, 4
+"""bf16 models serve predictors' factors as int8 rows, an fp32 scale each."""
 
 
 class BytesRead(NamedTuple):
@@ -38,5 +38,5 @@ def bytes_read(
         read = 2 * width * channels * (config.bits / 8 + scale)
     else:
         pairs = 1 if config.predictor == "linear" else 2
-        read = pairs * (width + channels) * rank * FACTOR_BYTES
+        read = pairs * ((width + channels) * rank * FACTOR_BYTES + (rank + channels) * SCALE_BYTES)
     return BytesRead(keep / config.bank, read / dense if config.selection == "predictor" else 0.0)

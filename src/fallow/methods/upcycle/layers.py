@@ -92,13 +92,29 @@ class GatedFFN:
         """Reads the living rows only. What is derived from the weights is made once and dropped by `stale`."""
         if self._serving is None:
             if isinstance(rows.w_down_FD, Tensor):
-                bank_ffn.channel_contiguous_(self.view.parameters_along_channels()[-1].parameter)
+                self._lay_out()
                 rows = self.view.rows()
             self._serving = self.predictor.packed(self.view.weights())
         assert rows.w_gate_FD is not None
         weights = (rows.w_gate_FD, rows.w_up_FD, rows.w_down_FD)
         y = bank_ffn.bank_ffn(x, self._serving, *weights, act=self.view.act, bank=self.bank, keep=self.keep)
         return y if rows.b_down_D is None else y + rows.b_down_D
+
+    def _lay_out(self) -> None:
+        """The weights as decoding reads them fastest: the three rows of a channel next to each other where the family
+        has three parameters, else the down projection channel by channel."""
+        parameters = [where.parameter for where in self.view.parameters_along_channels()]
+        if len(parameters) == 3:
+            bank_ffn.side_by_side_(*parameters)
+        else:
+            bank_ffn.channel_contiguous_(parameters[-1])
+
+    def lay_back(self) -> None:
+        """Undo what decoding did to the parameters' layout: each owns its storage again, as training expects."""
+        self.stale()
+        for where in self.view.parameters_along_channels():
+            if not where.parameter.is_contiguous():
+                where.parameter.data = where.parameter.data.contiguous()
 
     def stale(self) -> None:
         """The weights have changed, or will: what serving derived from them is dropped."""

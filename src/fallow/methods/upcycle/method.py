@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -60,6 +61,7 @@ class UpcycleMethod(Method):
         self._hooks = [
             model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             model.register_forward_hook(self._after_forward, with_kwargs=True),
+            model.register_state_dict_post_hook(partial(self._each_on_its_own)),
         ]
         self._hooks += [p.register_hook(mean_over_ranks) for p in self.predictor_parameters()]
 
@@ -75,7 +77,7 @@ class UpcycleMethod(Method):
         for layer, final in zip(self.layers, self.keep, strict=True):
             layer.keep = layer.bank - round((layer.bank - final) * min(1.0, step / span)) if span else final
             layer.chance.manual_seed(self._draw(step, layer.number))
-            layer.stale()
+            layer.lay_back()
         for p in self.predictor_parameters():
             p.grad = None  # `model.zero_grad()`, which trainers call, does not reach them
 
@@ -89,6 +91,14 @@ class UpcycleMethod(Method):
 
     def _draw(self, step: int, number: int) -> int:
         return (self.config.seed * 1_000_003 + step) * 1_009 + number
+
+    def _each_on_its_own(self, model: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
+        """Decoding may have laid three weights in one storage; who saves them gets each on its own."""
+        for layer in self.layers:
+            for where in layer.view.parameters_along_channels():
+                held = state.get(prefix + where.name)
+                if isinstance(held, Tensor) and not held.is_contiguous():
+                    state[prefix + where.name] = held.contiguous()
 
     def _follow_model(self) -> None:
         """The model may have been moved to another device since it was made sparse."""
@@ -282,6 +292,7 @@ class UpcycleMethod(Method):
         for hook in self._hooks:
             hook.remove()
         for layer in self.layers:
+            layer.lay_back()
             layer.view.uninstall()
         self.parent = None
         self.model._fallow = None  # type: ignore[assignment]
