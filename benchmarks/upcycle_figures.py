@@ -34,20 +34,31 @@ def make(results: Path, page: Path) -> list[str]:
 
 
 def ffn(data: Data) -> Block:
-    """One FFN decoding, by shape, dtype, predictor and batch."""
-    head = "FFN | weights | predictor | batch | fastest dense ms | sparse ms | ratio | ideal by bytes | of ideal"
+    """One FFN decoding one token, by shape, dtype and predictor."""
+    head = "FFN | weights | predictor | fastest dense ms | sparse ms | ratio | ideal by bytes | of ideal"
     rows = [
         [
-            r["case"], r["dtype"], r["form"], str(r["tokens"]), f"{r['dense_ms']:,.2f}", f"{r['sparse_ms']:,.2f}",
+            r["case"], r["dtype"], r["form"], f"{r['dense_ms']:,.2f}", f"{r['sparse_ms']:,.2f}",
             f"**{r['ratio']:.2f}×**", f"{r['ideal']:.2f}×", f"{r['efficiency']:.0%}",
         ]
-        for r in data["rows"] if r["case"].startswith("ffn")
+        for r in data["rows"] if r["case"].startswith("ffn") and r["tokens"] == 1
     ]  # fmt: skip
-    even = "; ".join(
-        f"{case}: {'at every batch measured' if at is None else f'up to batch {at:g}'}"
-        for case, at in data["break_even"].items()
-    )
-    return f"{markdown_table(head, rows)}\n\nIt pays {even}. {machine_line(data)}", {}
+    return f"{markdown_table(head, rows)}\n\n{machine_line(data)}", {}
+
+
+def batches(data: Data) -> Block:
+    """The same ratios when several tokens decode together, and where they pass 1."""
+    held = [r for r in data["rows"] if r["case"].startswith("ffn")]
+    sizes = sorted({r["tokens"] for r in held})
+    head = " | ".join(["FFN", "weights", "predictor", *(f"batch {n}" for n in sizes), "pays up to batch"])
+    rows = []
+    for key in dict.fromkeys((r["case"], r["dtype"], r["form"], r["keep"]) for r in held):
+        case, dtype, form, keep = key
+        mine = {r["tokens"]: r["ratio"] for r in held if (r["case"], r["dtype"], r["form"], r["keep"]) == key}
+        at = data["break_even"].get(f"{case} {dtype} {form} keep {keep}")
+        even = "none" if at is None else f"{at:.1f}" if at < max(mine) else f"{max(mine)} and more"
+        rows.append([case, dtype, form, *(f"{mine[n]:.2f}×" if n in mine else "–" for n in sizes), even])
+    return markdown_table(head, rows), {}
 
 
 def decode(data: Data) -> Block:
@@ -141,6 +152,7 @@ def repair(data: Data) -> Block:
 
 TABLES = [
     ("ffn", ("upcycle-bench",), ffn),
+    ("batches", ("upcycle-bench",), batches),
     ("decode", ("upcycle-bench",), decode),
     ("front", ("upcycle-front",), front),
     ("cpt", ("upcycle-cpt",), cpt),
