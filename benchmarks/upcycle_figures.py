@@ -15,15 +15,22 @@ from typing import Any
 
 from results_page import fill_page, machine_line, main, markdown_table, standalone
 
+from fallow.evaluation.ruler import Scores, difference
+from fallow.method import Mode
 from fallow.report.charts import Axis, Series, line_chart
 
+RUNS = "runs/experiments/upcycle-cpt"
+RULER = "--tasks ruler --lengths 1024 2048 4096"
+RESULTS = "benchmarks/results"
+REPAIRS = tuple(f"upcycle-repair-s{seed}" for seed in (1, 2, 3))
 COMMANDS = {
     "upcycle-bench": "fallow bench upcycle --json > benchmarks/results/upcycle-bench.json",
     "upcycle-front": "python benchmarks/upcycle_front.py",
     "upcycle-cpt": "python benchmarks/upcycle_experiments.py main ablations, then … collate",
-    "upcycle-ruler": "fallow evaluate RUN --tasks ruler --mode both --json > benchmarks/results/upcycle-ruler.json",
-    "upcycle-repair": "python benchmarks/upcycle_repair.py",
-}
+    "upcycle-front-trained": f"python benchmarks/upcycle_front.py --model {RUNS}/quantized --name front-trained",
+    "upcycle-ruler": f"fallow evaluate {RUNS}/quantized {RULER} --output {RESULTS}/upcycle-ruler.json",
+    "upcycle-ruler-companion": f"fallow evaluate {RUNS}/dense {RULER} --output {RESULTS}/upcycle-ruler-companion.json",
+} | dict.fromkeys(REPAIRS, "python benchmarks/upcycle_repair.py --seed 1 2 3")
 Data = dict[str, Any]
 Block = tuple[str, dict[str, str]]
 
@@ -79,7 +86,7 @@ def decode(data: Data) -> Block:
 
 
 def front(data: Data) -> Block:
-    """Loss above dense against bytes, without training."""
+    """Loss above dense against bytes."""
     head = (
         "predictor | allocation | keep of 64 | FFN bytes read | at 7B shapes | recall | WikiText-2 | PostgreSQL manual"
     )
@@ -103,7 +110,7 @@ def front(data: Data) -> Block:
         raise ValueError("nothing to draw")
     dense = ", ".join(f"{name} {loss:.4f}" for name, loss in data["dense"].items())
     note = f"Dense: {dense} nats per token, {data['tokens']:,} tokens each. {machine_line(data)}"
-    return f"{markdown_table(head, rows)}\n\n{note}", {"upcycle-front": standalone(found[0])}
+    return f"{markdown_table(head, rows)}\n\n{note}", {data["experiment"]: standalone(found[0])}
 
 
 def cpt(data: Data) -> Block:
@@ -127,27 +134,55 @@ def cpt(data: Data) -> Block:
     return f"{markdown_table(head, rows)}\n\n{note}", {}
 
 
-def ruler(data: Data) -> Block:
-    """RULER, both modes, as `fallow evaluate` printed it."""
-    head = "task | length | dense | sparse | sparse - dense"
-    rows = [
-        [
-            r["task"],
-            str(r["length"]),
-            f"{r['dense']['mean']:.3f}",
-            f"{r['sparse']['mean']:.3f}",
-            f"{r['difference']:+.3f}",
-        ]
-        for r in data["rows"]
-    ]
-    return markdown_table(head, rows), {}
+def ruler(data: Data, companion: Data) -> Block:
+    """RULER: the upcycled run, sparse and with all channels, and its dense companion on the same documents."""
+    head = "length | dense companion | upcycled, all channels | upcycled, sparse | sparse - companion [95 %]"
+    dense, sparse = ruler_scores(companion, "dense"), ruler_scores(data, "sparse")
+    every = ruler_scores(data, "dense")
+    if list(dense.cells) != list(sparse.cells):
+        raise ValueError("the two RULER files are of other tasks or lengths")
+    rows = []
+    for length in [*dense.lengths, None]:
+        means = [s.all() if length is None else s.at(length) for s in (dense, every, sparse)]
+        gap = difference(sparse, dense, length=length)
+        gaps = f"**{100 * gap.mean:+.1f}** [{100 * gap.low:+.1f}, {100 * gap.high:+.1f}]"
+        rows.append([str(length or "mean"), *(f"{100 * m.mean:.1f}" for m in means), gaps])
+    count = len(next(iter(dense.cells.values())))
+    tasks = ", ".join(name.removeprefix("ruler_") for name in dense.tasks)
+    note = f"In points of 100. {count} documents of each task and length; tasks: {tasks}. {machine_line(data)}"
+    return f"{markdown_table(head, rows)}\n\n{note}", {}
 
 
-def repair(data: Data) -> Block:
-    """A planted fault, found and mended."""
-    head = "figure | value"
-    rows = [[name, str(value)] for name, value in data["figures"].items()]
-    return f"{markdown_table(head, rows)}\n\n{machine_line(data)}", {}
+def ruler_scores(data: Data, mode: Mode) -> Scores:
+    """One mode's, as `fallow evaluate --json` wrote them."""
+    cells = data["ruler"][mode]["cells"]
+    return Scores(mode=mode, cells={(c["task"], c["length"]): c["scores"] for c in cells})
+
+
+def repair(*runs: Data) -> Block:
+    """Planted faults, found and mended."""
+    head = (
+        "predictor | fault in layer | first by restoring, by mirroring | nats of answers: healthy, faulty, repaired |"
+        " of the loss back | accepted | texts, repaired less healthy"
+    )
+    rows = []
+    for r in runs:
+        sweep = r["diagnosis"]["sweep"]
+        order = [str(sweep[kind]["order"][0]) if sweep else "–" for kind in ("restore", "mirror")]
+        states = [r[state]["nats"] for state in ("healthy", "faulty", "repaired") if state in r]
+        texts = (
+            [r["repaired"]["texts"][t] - loss for t, loss in r["healthy"]["texts"].items()] if "repaired" in r else []
+        )
+        back = (r.get("recovered") or {}).get("nats")
+        rows.append(
+            [
+                f"{r['predictor']} {r['rank'] or ''}".strip(), str(r["planted"]), ", ".join(order),
+                ", ".join(f"{n:.3f}" for n in states), "–" if back is None else f"**{back:.0%}**",
+                (r.get("repair") or {}).get("accepted") or "none",
+                ", ".join(f"{t:+.4f}" for t in texts),
+            ]
+        )  # fmt: skip
+    return f"{markdown_table(head, rows)}\n\n{machine_line(runs[0])}", {}
 
 
 TABLES = [
@@ -156,8 +191,9 @@ TABLES = [
     ("decode", ("upcycle-bench",), decode),
     ("front", ("upcycle-front",), front),
     ("cpt", ("upcycle-cpt",), cpt),
-    ("ruler", ("upcycle-ruler",), ruler),
-    ("repair", ("upcycle-repair",), repair),
+    ("front-trained", ("upcycle-front-trained",), front),
+    ("ruler", ("upcycle-ruler", "upcycle-ruler-companion"), ruler),
+    ("repair", REPAIRS, repair),
 ]
 
 if __name__ == "__main__":
