@@ -17,6 +17,8 @@ from upcycle_arms import ARMS, SETS  # noqa: E402
 
 import fallow  # noqa: E402
 
+MACHINE = {"cpu": "some CPU", "threads": 2, "memory_gb": 24}
+
 
 @pytest.mark.parametrize("name", ARMS)
 def test_every_arm_is_a_recipe(name):
@@ -58,9 +60,8 @@ def _row(kind: str, keep: int, gap: float) -> dict:
 
 
 def test_tables_say_what_the_json_says():
-    machine = {"cpu": "some CPU", "threads": 2, "memory_gb": 24}
     rows = [_row("oracle", 16, 0.25), _row("oracle", 32, 0.02), _row("random", 16, 9.0)]
-    data = {"machine": machine, "dense": {"wikitext-2": 3.0}, "tokens": 10, "rows": rows}
+    data = {"experiment": "upcycle-front", "machine": MACHINE, "dense": {"wikitext-2": 3.0}, "tokens": 10, "rows": rows}
     table, drawn = figures.front(data)
     assert "| oracle | uniform | 16 | 25% | 25% | 0.900 | +0.250 | +0.250 |" in table
     assert "<svg" in drawn["upcycle-front"]
@@ -72,6 +73,36 @@ def test_tables_say_what_the_json_says():
     runs = [run("dense", {"dense": 3.0}, []), run("quantized", {"dense": 3.02, "sparse": 3.08}, [{"recall": [0.9, 1]}])]
     table, _ = figures.cpt({"runs": runs, "recipe": recipe})
     assert "| quantized | 4 | 0.950 | 3.020, 3.080, **+0.080** |" in table
+
+
+def test_the_ruler_table_pairs_the_sparse_model_with_its_companion():
+    def evaluated(**modes: float) -> dict:
+        cells = {m: [{"task": "ruler_vt", "length": 1024, "scores": [s, s]}] for m, s in modes.items()}
+        return {"machine": MACHINE, "ruler": {m: {"cells": c} for m, c in cells.items()}}
+
+    table, _ = figures.ruler(evaluated(dense=0.5, sparse=0.25), evaluated(dense=0.75))
+    assert "| 1024 | 75.0 | 50.0 | 25.0 | **-50.0** [-50.0, -50.0] |" in table
+    assert "2 documents of each task and length; tasks: vt" in table
+
+
+def test_the_repair_table_names_layer_and_recovery():
+    def state(nats: float) -> dict:
+        return {"nats": nats, "texts": {"a.txt": nats}}
+
+    run = {
+        "machine": MACHINE,
+        "predictor": "linear",
+        "rank": 64,
+        "planted": 7,
+        "diagnosis": {"sweep": {"restore": {"order": [7, 1]}, "mirror": {"order": [7, 2]}}},
+        "healthy": state(1.0),
+        "faulty": state(2.0),
+        "repaired": state(1.1),
+        "repair": {"accepted": "predictor"},
+        "recovered": {"nats": 0.9},
+    }
+    table, _ = figures.repair(run)
+    assert "| linear 64 | 7 | 7, 7 | 1.000, 2.000, 1.100 | **90%** | predictor | +0.1000 |" in table
 
 
 def test_missing_results_name_their_command(tmp_path):
