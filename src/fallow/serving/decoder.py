@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, StaticCache
 from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
 from fallow.errors import ConfigError
+from fallow.serving.frames import with_room
 from fallow.serving.graph import Rewritten, rewrite
 from fallow.serving.sampling import Sampling, pick
 
@@ -180,7 +181,7 @@ class Decoder:
             raise ConfigError(f"the cache is full with {self.length} tokens; make a Decoder with more max_tokens")
         self._token_11.fill_(token)
         run = self._eager if self._first or self._step is None else self._compiled_or_eager
-        logits_V = run(self._token_11)
+        logits_V = with_room(run, self._token_11)
         self.length += 1
         self._first = False
         return logits_V
