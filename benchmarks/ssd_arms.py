@@ -22,12 +22,19 @@ MODELS: dict[str, dict[str, int]] = {
         "num_attention_heads": 6,
         "num_key_value_heads": 6,
     },
+    "large": {
+        "hidden_size": 1024,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+    },
 }
-"""What differs from the recipe's architecture: FFNs of 8, of 4 and again of 8 times the width; 8.4M, 6.3M and 9.8M
-weights."""
+"""What differs from the recipe's architecture: FFNs of 8, of 4 and twice again of 8 times the width; 8.4M, 6.3M, 9.8M
+and 63M weights. `large` is the model of the bench's step-1024."""
 
 
-PREFIX = {"wide": "", "deep": "deep-", "broad": "broad-"}
+PREFIX = {"wide": "", "deep": "deep-", "broad": "broad-", "large": "large-"}
 """What names of arms and of prices begin with, by model."""
 
 
@@ -87,6 +94,12 @@ BROAD = [
     _ssd("broad-fixed-eight-120", model="broad", steps_scale=1.2, **FEWER, **ONCE),
 ]
 """Fewer, fatter experts, whose GEMMs are large enough for AMX, on the widest model of the size."""
+LARGE = [
+    Arm(name="large-dense", model="large"),
+    _ssd("large-fixed", model="large", **ONCE),
+    _ssd("large-fixed-120", model="large", steps_scale=1.2, **ONCE),
+]
+"""The smallest width at which the experts' GEMMs run at AMX's pace."""
 DEEP = [
     Arm(name="deep-dense", model="deep"),
     _ssd("deep-ssd", model="deep"),
@@ -103,5 +116,5 @@ ABLATIONS = [
     _ssd("ssd-eight", **FEWER),
     Arm(name="small-long", ffn_share=ACTIVE / EXPERTS, steps_scale=1.5),
 ]
-ARMS = {arm.name: arm for arm in (*MAIN, *BROAD, *DEEP, *ABLATIONS)}
-SETS: dict[str, list[Arm]] = {"main": MAIN, "broad": BROAD, "deep": DEEP, "ablations": ABLATIONS}
+ARMS = {arm.name: arm for arm in (*MAIN, *BROAD, *LARGE, *DEEP, *ABLATIONS)}
+SETS: dict[str, list[Arm]] = {"main": MAIN, "broad": BROAD, "large": LARGE, "deep": DEEP, "ablations": ABLATIONS}

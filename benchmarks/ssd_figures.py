@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from results_page import fill_page, machine_line, main, markdown_table, standalone
-from ssd_arms import ABLATIONS, BROAD, DEEP, MAIN
+from ssd_arms import ABLATIONS, BROAD, DEEP, LARGE, MAIN
 from ssd_collate import Summary, base_of, gap_at_equal_seconds, gaps, seconds_to_dense, summarise
 
 from fallow.report.charts import Axis, Series, line_chart
@@ -77,7 +77,7 @@ def pretrain(data: Data, pace: Data, slow: Data) -> Block:
         " seconds | seconds, no AMX | gap at equal seconds"
     )
     rows = []
-    for arm in (*MAIN, *BROAD, *DEEP):
+    for arm in (*MAIN, *BROAD, *LARGE, *DEEP):
         if (s := fast.get(arm.name)) is None:
             continue
         cells = [
@@ -96,6 +96,7 @@ def pretrain(data: Data, pace: Data, slow: Data) -> Block:
         "half of the experts": ["ssd-half-early", "ssd-half-120"],
         "a quarter, one partition": ["fixed-partition", "fixed-partition-120"],
         "2 of 8 experts, one partition, d 384": ["broad-fixed-eight", "broad-fixed-eight-120"],
+        "a quarter, one partition, d 1024": ["large-fixed", "large-fixed-120"],
     }
     reached = []
     for name, runs in forms.items():

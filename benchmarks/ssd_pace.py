@@ -44,6 +44,8 @@ FORMS = {
     "deep-small": "deep-small",
     "broad-dense": "broad-dense",
     "broad-sparse-eight": "broad-fixed-eight",
+    "large-dense": "large-dense",
+    "large-sparse": "large-fixed",
 }
 """What is timed, and the arm whose steps it is."""
 
@@ -65,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         steps[form], handle = stepper(arm)
         if handle is not None:
             prefix = PREFIX[arm.model]
-            if form in ("sparse", "deep-sparse", "broad-sparse-eight"):
+            if form in ("sparse", "deep-sparse", "broad-sparse-eight", "large-sparse"):
                 looks |= {f"{prefix}observation": looker(handle), f"{prefix}partition": partitioner(handle)}
     timing = interleave(steps, rounds=options.rounds, warm_up=2)
     apart = interleave(looks, rounds=5, warm_up=1)
