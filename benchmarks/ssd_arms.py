@@ -96,7 +96,6 @@ BROAD = [
 """Fewer, fatter experts, whose GEMMs are large enough for AMX, on the widest model of the size."""
 LARGE = [
     Arm(name="large-dense", model="large"),
-    _ssd("large-fixed", model="large", **ONCE),
     _ssd("large-fixed-120", model="large", steps_scale=1.2, **ONCE),
 ]
 """The smallest width at which the experts' GEMMs run at AMX's pace."""

@@ -45,7 +45,7 @@ FORMS = {
     "broad-dense": "broad-dense",
     "broad-sparse-eight": "broad-fixed-eight",
     "large-dense": "large-dense",
-    "large-sparse": "large-fixed",
+    "large-sparse": "large-fixed-120",
 }
 """What is timed, and the arm whose steps it is."""
 

@@ -51,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("what", nargs="+", choices=[*SETS, "collate"])
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), help="only these arms")
     parser.add_argument("--steps", type=int, help="instead of the recipe's")
+    parser.add_argument("--threads", type=int, help="instead of the recipe's, where one arm has the machine to itself")
     parser.add_argument("--short", type=int, default=100, help="steps of the ablations")
     options = parser.parse_args(argv)
     os.chdir(ROOT)
@@ -64,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             for name in names:
                 if not options.arms or name in options.arms:
                     steps = options.steps if what == "main" else options.short
-                    claimed(recipe_of(name, steps), name if what == "main" else f"{name}-short")
+                    claimed(recipe_of(name, steps, options.threads), name if what == "main" else f"{name}-short")
         return 0
     except FallowError as error:
         print(f"upcycle_experiments: {error}", file=sys.stderr)
@@ -87,11 +88,12 @@ def arithmetic() -> None:
     partial.replace(target)
 
 
-def recipe_of(name: str, steps: int | None) -> Recipe:
+def recipe_of(name: str, steps: int | None, threads: int | None = None) -> Recipe:
     """The recipe of one arm."""
     settings = ARMS[name]
     changes = {"method": "none"} if settings is None else {"method": "upcycle", **settings}
-    return resolve(load_file(RECIPE), changes | ({"steps": steps} if steps else {}))
+    own = {"steps": steps, "threads": threads}
+    return resolve(load_file(RECIPE), changes | {k: v for k, v in own.items() if v})
 
 
 def claimed(recipe: Recipe, arm: str) -> None:

@@ -69,6 +69,10 @@ class Upcycle:
     """Share of the loss that is divergence from the model as it was before training, 0 to 1 (ours). Keeps a frozen
     copy of it in memory and runs it forward at every step."""
 
+    teacher: str | None = None
+    """A model of the same shape, by folder or name, from which `distill` measures the divergence instead (ours): where
+    training goes on with new text, its dense companion knows that text and the model as it was does not."""
+
     hidden_loss: float = 0.0
     """Weight of the squared distance between the FFNs' outputs and the parent's, relative to its size (ours; needs
     `distill` above 0)."""
@@ -125,6 +129,8 @@ class Upcycle:
         for field in _NOT_NEGATIVE:
             if getattr(self, field) < 0:
                 raise ConfigError(f"Upcycle: {field}={getattr(self, field)} must not be negative")
+        if self.teacher is not None and not self.distill:
+            raise ConfigError("Upcycle: teacher is asked by distill only; set distill above 0, such as 0.7")
         if self.hidden_loss and not self.distill:
             raise ConfigError("Upcycle: hidden_loss compares with the parent that distill keeps; set distill above 0")
 

@@ -44,7 +44,9 @@ class UpcycleMethod(Method):
         self.keep = config.keep if isinstance(config.keep, tuple) else (config.keep,) * self.n_layers
         if len(self.keep) != self.n_layers:
             raise ConfigError(f"Upcycle: keep has {len(self.keep)} numbers, the model {self.n_layers} layers")
-        self.parent = Parent(model, with_outputs=config.hidden_loss > 0) if config.distill else None
+        self.parent = (
+            Parent(model, with_outputs=config.hidden_loss > 0, teacher=config.teacher) if config.distill else None
+        )
         self.layers: list[GatedFFN] = []
         try:
             for number, (view, keep) in enumerate(zip(found.ffns, self.keep, strict=True)):
