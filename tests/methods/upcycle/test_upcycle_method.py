@@ -154,6 +154,32 @@ def test_distillation_and_the_predictors_own_loss_enter_the_loss():
     assert float(loss_of(model).detach()) == pytest.approx(float(loss_of(upcycled()[0].eval()).detach()))
 
 
+def test_another_model_can_teach(tmp_path):
+    """Its divergence is that of the named model, and a model of another shape is refused before anything changes."""
+    other = tiny_model("llama")
+    with torch.no_grad():
+        for p in other.parameters():
+            p.mul_(1.5)
+    other.save_pretrained(tmp_path / "other")
+    batch = tiny_batch()
+    model, handle = upcycled(distill=1.0, teacher=str(tmp_path / "other"), keep=16)  # all channels: only the teacher
+    handle.set_mode("sparse")
+    model.train()
+    ours, theirs = model(**batch), other.eval()(**batch)
+    log_p, log_q = ours.logits.float().log_softmax(-1), theirs.logits.float().log_softmax(-1)
+    expected = (log_q.exp() * (log_q - log_p)).sum(-1).mean()
+    assert torch.allclose(ours.loss, expected, rtol=1e-3)
+
+    tiny_model("llama", hidden_size=64).save_pretrained(tmp_path / "wide")
+    for name, says in ((str(tmp_path / "wide"), "one of its shape"), (str(tmp_path / "none"), "cannot teach")):
+        model = tiny_model("llama")
+        with pytest.raises(ConfigError, match=says):
+            fallow.sparsify(model, fallow.Upcycle(**SMALL, distill=0.5, teacher=name))
+        assert torch.isfinite(loss_of(model))
+    with pytest.raises(ConfigError, match="set distill above 0"):
+        fallow.Upcycle(teacher="x")
+
+
 @pytest.mark.parametrize("gate", ["straight_through", "soft_topk", "smooth", "hard"])
 def test_gates_give_predictors_a_gradient_or_none(gate):
     model, handle = upcycled(predictor="linear", rank=8, gate=gate)
