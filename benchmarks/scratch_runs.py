@@ -43,7 +43,9 @@ def claimed(folder: Path, name: str, train: Callable[[], dict[str, Any]]) -> Non
         lock.unlink()
 
 
-def optimizer_of(model: Any, handle: Any, recipe: Recipe, *, lr_scale: float = 1.0) -> torch.optim.Optimizer:
+def optimizer_of(
+    model: Any, handle: Any, recipe: Recipe, *, lr_scale: float = 1.0, matrix_scale: float = 1.0
+) -> torch.optim.Optimizer:
     """The arm's optimizer; matrices of the blocks, dense or packed, and embeddings at rates of their own."""
     settings = {"lr": recipe.lr * lr_scale, "betas": recipe.betas, "weight_decay": recipe.weight_decay}
     optimizer = adamw_for(model, **settings) if handle is None else handle.optimizer(**settings)
@@ -55,7 +57,7 @@ def optimizer_of(model: Any, handle: Any, recipe: Recipe, *, lr_scale: float = 1
             group["params"] = [p for p in group["params"] if p is not embedding]
             optimizer.add_param_group(shared | {"params": [embedding], "lr": group["lr"] * EMBEDDING_LR})
         if matrices:
-            group["lr"] *= MATRIX_LR
+            group["lr"] *= MATRIX_LR * matrix_scale
     optimizer.param_groups = [g for g in optimizer.param_groups if g["params"]]
     return optimizer
 

@@ -51,6 +51,8 @@ class Arm:
     native_moe: bool = False
     """A Mixtral of transformers in the place of the Llama."""
     steps_scale: float = 1.0
+    matrix_lr: float = 1.0
+    """The matrices' learning rate, of what was tuned at the recipe's width."""
 
 
 SSD_SETTINGS: dict[str, Any] = {
@@ -96,6 +98,7 @@ BROAD = [
 """Fewer, fatter experts, whose GEMMs are large enough for AMX, on the widest model of the size."""
 LARGE = [
     Arm(name="large-dense", model="large"),
+    Arm(name="large-dense-lr50", model="large", matrix_lr=0.5),
     _ssd("large-fixed-120", model="large", steps_scale=1.2, **ONCE),
 ]
 """The smallest width at which the experts' GEMMs run at AMX's pace."""

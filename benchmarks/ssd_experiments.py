@@ -124,7 +124,7 @@ def train(recipe: Recipe, arm: Arm, seed: int) -> dict[str, Any]:
     """One run; returns its record."""
     recipe, start, text, handle = begin(recipe, arm, seed)
     model = start.model
-    optimizer = optimizer_of(model, handle, recipe)
+    optimizer = optimizer_of(model, handle, recipe, matrix_scale=arm.matrix_lr)
     warm = max(1, round(recipe.warmup * recipe.steps))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: lr_factor(s, warm, recipe.steps))
     losses: list[float] = []
