@@ -135,22 +135,27 @@ def judge(folder: Path, recipe: Recipe) -> dict[str, dict[str, float]]:
 
 
 def collate() -> None:
-    """All judged arms in one file."""
+    """All judged arms in one file, and the curves of those that are not finished."""
     recipe = recipe_of("dense", None)
-    runs = []
-    for judged in sorted(folder_of(recipe, "dense").path.parent.glob("*/judged.json")):
-        record: dict[str, Any] = RunFolder(judged.parent).read() or {}
-        kept = {k: record[k] for k in ("arm", "method", "precision", "totals", "eval", "versions")}
+    runs, unfinished = [], {}
+    for metrics in sorted(folder_of(recipe, "dense").path.parent.glob("*/metrics.jsonl")):
         curve = [
             {k: line[k] for k in ("step", "loss", "sparse_loss") if k in line}
-            for line in map(json.loads, (judged.parent / "metrics.jsonl").read_text().splitlines())
+            for line in map(json.loads, metrics.read_text().splitlines())
             if line["kind"] == "eval"
         ]
+        judged = metrics.with_name("judged.json")
+        if not judged.exists():
+            unfinished[metrics.parent.name] = curve
+            continue
+        record: dict[str, Any] = RunFolder(metrics.parent).read() or {}
+        kept = {k: record[k] for k in ("arm", "method", "precision", "totals", "eval", "versions")}
         looks = record.get("insight", {}).get("looks", [])
         runs.append(kept | json.loads(judged.read_text()) | {"curve": curve, "looks": looks})
     result = {"experiment": "upcycle-cpt", "command": "python benchmarks/upcycle_experiments.py main ablations"}
-    RESULT.write_text(json.dumps(result | {"recipe": dataclasses.asdict(recipe), "runs": runs}, indent=1) + "\n")
-    print(f"wrote {RESULT.relative_to(ROOT)}: {len(runs)} runs, {torch.get_num_threads()} threads here")
+    result |= {"recipe": dataclasses.asdict(recipe), "runs": runs, "unfinished": unfinished}
+    RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"wrote {RESULT.relative_to(ROOT)}: {len(runs)} runs, {len(unfinished)} unfinished")
 
 
 if __name__ == "__main__":

@@ -134,6 +134,22 @@ def cpt(data: Data) -> Block:
     return f"{markdown_table(head, rows)}\n\n{note}", {}
 
 
+def curves(data: Data) -> Block:
+    """Held-out loss through training, of the arms of full length."""
+    held = {r["arm"]: r["curve"] for r in data["runs"]} | data["unfinished"]
+    held = {arm: {p["step"]: p for p in curve} for arm, curve in held.items() if not arm.endswith("-short")}
+    steps = sorted({step for curve in held.values() for step in curve})
+    head = " | ".join(["arm", *(f"step {step}" for step in steps)])
+    rows = []
+    for arm, curve in held.items():
+        cells = [
+            [f"{curve[s][k]:.3f}" for k in ("loss", "sparse_loss") if k in curve[s]] if s in curve else ["–"]
+            for s in steps
+        ]
+        rows.append([arm, *(", ".join(c) for c in cells)])
+    return f"{markdown_table(head, rows)}\n\nDense, and sparse where the arm is; a dash: not trained so far.", {}
+
+
 def ruler(data: Data, companion: Data) -> Block:
     """RULER: the upcycled run, sparse, and its dense companion on the same documents."""
     head = "length | dense companion | upcycled, sparse | difference [95 %]"
@@ -195,6 +211,7 @@ TABLES = [
     ("decode", ("upcycle-bench",), decode),
     ("front", ("upcycle-front",), front),
     ("cpt", ("upcycle-cpt",), cpt),
+    ("curves", ("upcycle-cpt",), curves),
     ("front-trained", ("upcycle-front-trained",), front),
     ("ruler", ("upcycle-ruler", "upcycle-ruler-companion"), ruler),
     ("repair", REPAIRS, repair),

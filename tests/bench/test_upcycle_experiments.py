@@ -74,6 +74,11 @@ def test_tables_say_what_the_json_says():
     table, _ = figures.cpt({"runs": runs, "recipe": recipe})
     assert "| quantized | 4 | 0.950 | 3.020, 3.080, **+0.080** |" in table
 
+    for r, curve in zip(runs, ([2.5], [2.6]), strict=True):
+        r["curve"] = [{"step": 4, "loss": loss, "sparse_loss": loss + 1} for loss in curve]
+    table, _ = figures.curves({"runs": runs, "unfinished": {"random": [{"step": 2, "loss": 7.0}]}})
+    assert "| quantized | – | 2.600, 3.600 |" in table and "| random | 7.000 | – |" in table
+
 
 def test_the_ruler_table_pairs_the_sparse_model_with_its_companion():
     def evaluated(**modes: float) -> dict:
