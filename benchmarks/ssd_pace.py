@@ -54,7 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--threads", type=int, default=1, help="as in the runs")
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--forms", nargs="+", choices=list(FORMS), default=list(FORMS), help="only these")
+    parser.add_argument(
+        "--forms", nargs="+", choices=list(FORMS), default=list(FORMS), help="only these; with dense of the same model"
+    )
     parser.add_argument("--output", type=Path, default=RESULT)
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
@@ -85,12 +87,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     result: dict[str, Any] = {"experiment": "ssd-pace", "command": "python benchmarks/ssd_pace.py"}
     result |= {"machine": machine.describe(), "threads": options.threads, "rounds": options.rounds}
     result |= {"experts": EXPERTS, "active": ACTIVE, "prices_ms": prices, "rows": rows, "settings": SSD_SETTINGS}
+    keep_others(result, options.output)
     options.output.write_text(json.dumps(result, indent=1) + "\n")
     for row in rows:
         print(f"{row['form']:<14} {row['step_ms']:8.1f} ms  {row['of_dense']:.3f} of dense")
     for name in looks:
         print(f"{name:<18} {prices[name]:8.1f} ms")
     return 0
+
+
+def keep_others(result: dict[str, Any], file: Path) -> None:
+    """Forms that the file has and that were not timed now stay in it: a form is compared with dense of its own model,
+    which is timed beside it."""
+    if not file.exists():
+        return
+    old = json.loads(file.read_text())
+    result["prices_ms"] = old["prices_ms"] | result["prices_ms"]
+    timed = {row["form"] for row in result["rows"]}
+    result["rows"] = [row for row in old["rows"] if row["form"] not in timed] + result["rows"]
 
 
 def stepper(arm: Arm) -> tuple[Callable[[], None], Any]:
