@@ -46,6 +46,8 @@ def form_of(arm: str) -> tuple[str, str]:
         return f"{prefix}moe", f"{prefix}moe"
     if a.ffn_share < 1:
         return f"{prefix}small", f"{prefix}small"
+    if a.ssd is None:
+        return f"{prefix}dense", f"{prefix}dense"
     sparse = (
         f"{prefix}sparse-half" if "half" in arm else f"{prefix}sparse-eight" if "eight" in arm else f"{prefix}sparse"
     )

@@ -86,6 +86,9 @@ def pretrain(data: Data, pace: Data, slow: Data) -> Block:
             _ranged(gaps(fast, arm.name, "sparse"), "+.2%"),
         ]  # fmt: skip
         for of in (fast, slower):
+            if arm.name not in of:
+                cells += ["–", "–"]
+                continue
             base = of[base_of(arm.name)]
             cells.append(f"{of[arm.name].mean('seconds') / base.mean('seconds'):.2f}×")
             gap = [] if arm.name == base_of(arm.name) else gap_at_equal_seconds(of, arm.name)
@@ -101,7 +104,9 @@ def pretrain(data: Data, pace: Data, slow: Data) -> Block:
     reached = []
     for name, runs in forms.items():
         if all(a in fast for a in runs):
-            both = [_ranged(seconds_to_dense(of, runs), ".2f") for of in (fast, slower)]
+            both = [
+                _ranged(seconds_to_dense(of, runs), ".2f") if runs[0] in of else "not timed" for of in (fast, slower)
+            ]
             reached.append(f"{name} {both[0]} with AMX, {both[1]} without")
     note = (
         f"{r['steps']} steps of {r['batch_size']}×{r['seq_len']} tokens, {data['runs'][0]['dtype']}; means over seeds"
@@ -139,15 +144,29 @@ def pace(data: Data, slow: Data) -> Block:
     """Prices of the experiments' steps."""
     head = "form | step ms, bf16 with AMX | of dense | quartiles | step ms, fp32 without | of dense | quartiles"
     rows = []
-    for pair in zip(data["rows"], slow["rows"], strict=True):
-        cells = [pair[0]["form"]]
-        for r in pair:
+    slower = {r["form"]: r for r in slow["rows"]}
+    for row in data["rows"]:
+        cells = [row["form"]]
+        for r in (row, slower.get(row["form"])):
+            if r is None:
+                cells += ["–", "–", "–"]
+                continue
             quartiles = "–".join(f"{q:.2f}" for q in r["quartiles"])
             cells += [f"{r['step_ms']:.0f}", f"{r['of_dense']:.2f}×", quartiles]
         rows.append(cells)
     for name, ms in data["prices_ms"].items():
         if name.endswith(("observation", "partition")):
-            rows.append([name, f"{ms:.0f}", "", "", f"{slow['prices_ms'][name]:.0f}", "", ""])
+            rows.append(
+                [
+                    name,
+                    f"{ms:.0f}",
+                    "",
+                    "",
+                    f"{slow['prices_ms'].get(name, float('nan')):.0f}".replace("nan", "–"),
+                    "",
+                    "",
+                ]
+            )
     return f"{markdown_table(head, rows)}\n\n{machine_line(data)}", {}
 
 
