@@ -7,6 +7,7 @@ loss.
 
 from __future__ import annotations
 
+import math
 import statistics
 from dataclasses import dataclass, field
 from typing import Any
@@ -99,14 +100,14 @@ def gap_at_equal_seconds(of: dict[str, Summary], arm: str) -> list[float]:
 
 def seconds_to_dense(of: dict[str, Summary], arms: list[str]) -> list[float]:
     """Seconds in which a form reaches dense's final loss over dense's seconds, per seed, on the line through its runs
-    of several lengths (`arms`); of a single run that passes the target its whole seconds, which are an upper bound."""
+    of several lengths (`arms`). Of a single run its whole seconds, an upper bound; infinity where it falls short."""
     found, base = [], of[base_of(arms[0])]
     for seed, target in base.dense.items():
         points = sorted((of[a].dense[seed], of[a].seconds[seed]) for a in arms if a in of and seed in of[a].dense)
         if len(points) >= 2:
             found.append(on_line(points, target) / base.seconds[seed])
-        elif points and points[0][0] <= target:
-            found.append(points[0][1] / base.seconds[seed])
+        elif points:
+            found.append(points[0][1] / base.seconds[seed] if points[0][0] <= target else math.inf)
     return found
 
 

@@ -156,17 +156,8 @@ def pace(data: Data, slow: Data) -> Block:
         rows.append(cells)
     for name, ms in data["prices_ms"].items():
         if name.endswith(("observation", "partition")):
-            rows.append(
-                [
-                    name,
-                    f"{ms:.0f}",
-                    "",
-                    "",
-                    f"{slow['prices_ms'].get(name, float('nan')):.0f}".replace("nan", "–"),
-                    "",
-                    "",
-                ]
-            )
+            theirs = f"{slow['prices_ms'][name]:.0f}" if name in slow["prices_ms"] else "–"
+            rows.append([name, f"{ms:.0f}", "", "", theirs, "", ""])
     return f"{markdown_table(head, rows)}\n\n{machine_line(data)}", {}
 
 

@@ -80,6 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "step_ms": prices[form],
             "of_dense": 1 / timing.ratio(base, form),
             "quartiles": timing.spread(form, base),
+            "rounds": options.rounds,
         }
         for form in steps
         for base in (f"{PREFIX[ARMS[FORMS[form]].model]}dense",)

@@ -65,6 +65,8 @@ def test_what_was_laid_out_for_decoding_is_saved_trained_and_handed_back_like_an
     model.generate(tiny_batch(tokens=6, batch=1)["input_ids"], max_new_tokens=3, do_sample=False)
     weights = [where.parameter for layer in handle.layers for where in layer.view.parameters_along_channels()]
     assert not all(p.is_contiguous() for p in weights), "the layout under test was not made"
+    storages = len({p.untyped_storage().data_ptr() for p in weights})
+    assert storages == (len(handle.layers) if family == "llama" else len(weights)), "three matrices are one run of rows"
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path)
     for name, p in loaded.named_parameters():

@@ -70,8 +70,8 @@ class Upcycle:
     copy of it in memory and runs it forward at every step."""
 
     teacher: str | None = None
-    """A model of the same shape, by folder or name, from which `distill` measures the divergence instead (ours): where
-    training goes on with new text, its dense companion knows that text and the model as it was does not."""
+    """A model of the same shape, by folder or hub name, from which `distill` measures the divergence instead (ours).
+    Where training goes on with new text, its dense companion knows that text and the model as it was does not."""
 
     hidden_loss: float = 0.0
     """Weight of the squared distance between the FFNs' outputs and the parent's, relative to its size (ours; needs

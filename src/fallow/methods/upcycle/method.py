@@ -63,7 +63,7 @@ class UpcycleMethod(Method):
         self._hooks = [
             model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             model.register_forward_hook(self._after_forward, with_kwargs=True),
-            model.register_state_dict_post_hook(partial(self._each_on_its_own)),
+            model.register_state_dict_post_hook(partial(self._each_on_its_own)),  # torch sets an attribute on it
         ]
         self._hooks += [p.register_hook(mean_over_ranks) for p in self.predictor_parameters()]
 
