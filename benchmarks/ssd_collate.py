@@ -100,15 +100,27 @@ def gap_at_equal_seconds(of: dict[str, Summary], arm: str) -> list[float]:
 
 def seconds_to_dense(of: dict[str, Summary], arms: list[str]) -> list[float]:
     """Seconds in which a form reaches dense's final loss over dense's seconds, per seed, on the line through its runs
-    of several lengths (`arms`). Of a single run its whole seconds, an upper bound; infinity where it falls short."""
+    of several lengths (`arms`). Dense's loss is that of its best learning rate. Of a single run its whole seconds, an
+    upper bound; infinity where it falls short."""
     found, base = [], of[base_of(arms[0])]
-    for seed, target in base.dense.items():
+    for seed, target in best_dense(of, ARMS[arms[0]].model).items():
         points = sorted((of[a].dense[seed], of[a].seconds[seed]) for a in arms if a in of and seed in of[a].dense)
         if len(points) >= 2:
             found.append(on_line(points, target) / base.seconds[seed])
         elif points:
             found.append(points[0][1] / base.seconds[seed] if points[0][0] <= target else math.inf)
     return found
+
+
+def best_dense(of: dict[str, Summary], model: str) -> dict[int, float]:
+    """The lowest final loss of the model's dense runs of full length, by seed."""
+    best: dict[int, float] = {}
+    for name, summary in of.items():
+        arm = ARMS[name]
+        if arm.model == model and arm.ssd is None and not arm.native_moe and arm.ffn_share == arm.steps_scale == 1:
+            for seed, loss in summary.dense.items():
+                best[seed] = min(loss, best.get(seed, math.inf))
+    return best
 
 
 def on_line(points: list[tuple[float, float]], x: float) -> float:

@@ -99,7 +99,7 @@ def pretrain(data: Data, pace: Data, slow: Data) -> Block:
         "half of the experts": ["ssd-half-early", "ssd-half-120"],
         "a quarter, one partition": ["fixed-partition", "fixed-partition-120"],
         "2 of 8 experts, one partition, d 384": ["broad-fixed-eight", "broad-fixed-eight-120"],
-        "a quarter, one partition, d 1024": ["large-fixed-120"],
+        "a quarter, one partition, d 1024": ["large-fixed-115", "large-fixed-120"],
     }
     reached = []
     for name, runs in forms.items():
