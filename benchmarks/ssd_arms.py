@@ -71,8 +71,8 @@ ONCE: dict[str, Any] = {"schedule": "fixed", "sparse_share": 1.0}
 FEWER: dict[str, Any] = {"experts": 8, "active": 2}
 
 
-def _ssd(name: str, model: str = "wide", steps_scale: float = 1.0, **settings: Any) -> Arm:
-    return Arm(name=name, model=model, steps_scale=steps_scale, ssd=SSD_SETTINGS | settings)
+def _ssd(name: str, model: str = "wide", steps_scale: float = 1.0, matrix_lr: float = 1.0, **settings: Any) -> Arm:
+    return Arm(name=name, model=model, steps_scale=steps_scale, matrix_lr=matrix_lr, ssd=SSD_SETTINGS | settings)
 
 
 MAIN = [
@@ -99,6 +99,7 @@ BROAD = [
 LARGE = [
     Arm(name="large-dense", model="large"),
     Arm(name="large-dense-lr50", model="large", matrix_lr=0.5),
+    _ssd("large-fixed-115-lr50", model="large", steps_scale=1.15, matrix_lr=0.5, **ONCE),
     _ssd("large-fixed-115", model="large", steps_scale=1.15, **ONCE),
     _ssd("large-fixed-120", model="large", steps_scale=1.2, **ONCE),
 ]
