@@ -100,6 +100,7 @@ LARGE = [
     Arm(name="large-dense", model="large"),
     Arm(name="large-dense-lr50", model="large", matrix_lr=0.5),
     _ssd("large-fixed-115-lr50", model="large", steps_scale=1.15, matrix_lr=0.5, **ONCE),
+    _ssd("large-fixed-120-lr50", model="large", steps_scale=1.2, matrix_lr=0.5, **ONCE),
     _ssd("large-fixed-115", model="large", steps_scale=1.15, **ONCE),
     _ssd("large-fixed-120", model="large", steps_scale=1.2, **ONCE),
 ]

@@ -100,7 +100,7 @@ def pretrain(data: Data, pace: Data, slow: Data) -> Block:
         "a quarter, one partition": ["fixed-partition", "fixed-partition-120"],
         "2 of 8 experts, one partition, d 384": ["broad-fixed-eight", "broad-fixed-eight-120"],
         "a quarter, one partition, d 1024": ["large-fixed-115", "large-fixed-120"],
-        "the same at the rate that is dense's better one": ["large-fixed-115-lr50"],
+        "the same at the rate that is dense's better one": ["large-fixed-115-lr50", "large-fixed-120-lr50"],
     }
     reached = []
     for name, runs in forms.items():
