@@ -153,6 +153,20 @@ def test_dense_arms_of_one_step_at_two_speeds_are_held_against_it(tmp_path: Path
     assert "moved by 25%" in doubts
 
 
+def test_no_verdict_falls_where_the_machine_was_busy(tmp_path: Path) -> None:
+    folder = tmp_path / "quickstart"
+    write_run(folder / "dense", arm="dense", rate=400.0)
+    write_run(folder / "sat", arm="sat", method=SAT, rate=900.0, penalty=-0.05)
+    short = write_run(folder / "dense-short", arm="dense-short", steps=87, rate=410.0)
+    assert build_report([folder]).summary["outcome"] == "won"
+    shutil.rmtree(short)
+    write_run(short, arm="dense-short", steps=87, rate=700.0)
+    report = build_report([folder])
+    assert report.summary["outcome"] == "open"
+    assert report.summary["headline"].startswith("No verdict: the machine’s pace moved by 75% between arms.")
+    assert "reached a lower loss than" not in report.html and ">won<" not in report.html
+
+
 def test_damaged_files_become_notes(tmp_path: Path) -> None:
     folder = quickstart(tmp_path)
     with (folder / "sat" / "metrics.jsonl").open("ab") as file:

@@ -15,6 +15,8 @@ from fallow.report.loading import Run, lookup, number
 
 DRIFT = 0.05
 """Two arms of the same step whose speeds differ by more than this share ran on a machine that changed (ours)."""
+BUSY = 0.3
+"""With more than this no verdict falls on what a time decides (ours)."""
 
 
 def doubts(comparison: Comparison) -> list[str]:
@@ -75,24 +77,31 @@ def _size_doubt(comparison: Comparison) -> list[str]:
     ]
 
 
-def _drift_doubt(comparison: Comparison) -> list[str]:
-    """Dense arms that differ in their length alone take the same step: what their speeds differ by is the machine."""
+def drift(comparison: Comparison) -> float:
+    """By which share the machine's pace moved between dense arms that take the same step; 0 where there are not two."""
+    return max((fast / slow - 1 for (slow, _), (fast, _) in _same_step(comparison)), default=0.0)
+
+
+def _same_step(comparison: Comparison) -> list[tuple[tuple[float, str], tuple[float, str]]]:
+    """Slowest and fastest, (tokens/s, label), of dense arms that differ in their length alone."""
     alike = ("batch_size", "seq_len", "accumulate", "compile", "gradient_checkpointing")
     speeds: dict[str, list[tuple[float, str]]] = {}
     for arm in comparison.arms:
         if arm.method is None and arm.tokens_per_second is not None and arm.status == "finished":
             key = json.dumps([lookup(arm.runs[0].info, "recipe", name) for name in alike])
             speeds.setdefault(key, []).append((arm.tokens_per_second.mean, arm.label))
-    lines = []
-    for found in speeds.values():
-        (slow, slower), (fast, faster) = min(found), max(found)
-        if slow > 0 and fast / slow > 1 + DRIFT:
-            lines.append(
-                f"{slower} and {faster} take the same step, yet ran at {slow:,.0f} and {fast:,.0f} tokens/s: the "
-                f"machine's pace moved by {fast / slow - 1:.0%} between arms, and no ratio of speeds here, nor what is "
-                "read at equal seconds, is surer than that."
-            )
-    return lines
+    return [(min(found), max(found)) for found in speeds.values() if min(found)[0] > 0]
+
+
+def _drift_doubt(comparison: Comparison) -> list[str]:
+    """What the speeds of one and the same step differ by is the machine."""
+    return [
+        f"{slower} and {faster} take the same step, yet ran at {slow:,.0f} and {fast:,.0f} tokens/s: the "
+        f"machine's pace moved by {fast / slow - 1:.0%} between arms, and no ratio of speeds here, nor what is "
+        "read at equal seconds, is surer than that."
+        for (slow, slower), (fast, faster) in _same_step(comparison)
+        if fast / slow > 1 + DRIFT
+    ]
 
 
 def _learning_rate_doubt(comparison: Comparison) -> list[str]:

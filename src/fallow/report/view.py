@@ -9,6 +9,7 @@ from typing import Any
 
 from fallow.report import figures, wording
 from fallow.report.analysis import Arm, Comparison, Spread, method_label
+from fallow.report.doubts import BUSY, drift
 from fallow.report.loading import Run, lookup, number
 from fallow.report.upcycle_data import read as upcycled
 
@@ -56,7 +57,7 @@ ARM_COLUMNS = (
 def arm_rows(comparison: Comparison) -> list[dict[str, Any]]:
     """The table of arms."""
     palette = figures.colours(comparison)
-    rows = []
+    rows, steady = [], drift(comparison) <= BUSY
     for arm in comparison.arms:
         base = arm is comparison.baseline
         judged = arm.method is not None and not arm.aside
@@ -67,7 +68,7 @@ def arm_rows(comparison: Comparison) -> list[dict[str, Any]]:
             Cell(value=NONE) if base else _gap_cell(arm.gap_tokens, judged=judged),
             Cell(value=NONE)
             if base
-            else _gap_cell(arm.gap_seconds, judged=judged and not arm.for_serving, control=arm.control),
+            else _gap_cell(arm.gap_seconds, judged=judged and steady and not arm.for_serving, control=arm.control),
             _cell(arm.peak_memory_mb, wording.memory),
             _cell(arm.train_seconds, wording.duration),
         ]
@@ -150,6 +151,8 @@ def key_figures(comparison: Comparison, arm_name: str) -> list[Cell]:
                 f"nats of loss at equal {when}, {word} {(arm.control if when == 'seconds' else None) or base.label}"
             )
             found.append(cell)
+    if drift(comparison) > BUSY:
+        found = [Cell(value=cell.value, note=cell.note) for cell in found]
     state = _change(arm.state_bytes, base.state_bytes, f"bytes of model state against {base.label}")
     peak = _change(arm.peak_memory_mb, base.peak_memory_mb, f"peak memory against {base.label}")
     found += [cell for cell in (state if state and state.css else None, peak) if cell]

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fallow.report.analysis import SAME_LOSS, Arm, Comparison, Spread, seconds_to_loss
+from fallow.report.doubts import BUSY, drift
 from fallow.report.upcycle_data import read as upcycled
 
 SERVED = (
@@ -218,7 +219,15 @@ def verdicts(comparison: Comparison) -> list[Verdict]:
     if baseline is None:
         return []
     others = [arm for arm in comparison.arms if arm is not baseline]
-    return [verdict(arm, baseline) for arm in sorted(others, key=_merit)]
+    moved = drift(comparison)
+    found = [verdict(arm, baseline) for arm in sorted(others, key=_merit)]
+    return [_undecided(v, moved) if moved > BUSY and v.outcome in ("won", "lost", "draw") else v for v in found]
+
+
+def _undecided(found: Verdict, moved: float) -> Verdict:
+    """The machine was too unsteady for what a time decides."""
+    title = f"No verdict: the machine’s pace moved by {moved:.0%} between arms. Run it again on a quiet one."
+    return Verdict(arm=found.arm, outcome="open", title=title, sentence=found.sentence)
 
 
 def _merit(arm: Arm) -> tuple[bool, bool, bool, float]:
@@ -238,7 +247,7 @@ def headline(comparison: Comparison) -> Verdict:
             others = f" Of {served} upcycled arms it lost least at equal tokens." if served > 1 else ""
             text = f"{best.sentence} {SERVED}{others}".strip()
             return Verdict(arm=best.arm, outcome=best.outcome, title=best.title, sentence=text)
-        if len(sparse) > 1:
+        if len(sparse) > 1 and drift(comparison) <= BUSY:
             lost = sum(v.outcome == "lost" for v in sparse)
             won = sum(v.outcome == "won" for v in sparse)
             others = (
