@@ -82,7 +82,7 @@ case = Case("tiny", Shape(48, 128, 4, 2, 12, layers=2, vocab=300), 1, 8)
 forms, read, notes = gpu_upcycle_decode.decode_forms(case, "linear", settings, compiled=False)
 row = gpu_upcycle_decode.decode_row(case, "linear", interleave(forms, rounds=1), read, notes)
 assert row["forms_ms"].keys() == {{"dense/eager", "sparse/eager"}} == notes.keys()
-assert read["dense"] - read["sparse"] == 2 * 2 * 3 * 48 * 128 * 0.75 - 2 * (16 * (48 + 128) + 4 * (16 + 128))  # int8 factors
+assert read["dense"] - read["sparse"] == 2 * 2 * 3 * 48 * 128 * 0.75 - 2 * (16 * (48 + 128) + 4 * (16 + 128))
 """
 
 
