@@ -13,6 +13,7 @@ MAIN: dict[str, dict[str, Any] | None] = {
     "dense": None,
     "quantized": TAUGHT | {"predictor": "quantized"},
     "companion-taught": TAUGHT | {"predictor": "quantized", "distill": 0.7, "teacher": COMPANION},
+    "compensated": TAUGHT | {"predictor": "quantized", "distill": 0.7, "teacher": COMPANION, "compensation": 64},
     "random": TAUGHT | {"selection": "random"},
     "bilinear": TAUGHT | FITTED | {"predictor": "bilinear", "rank": 128},
     "linear": TAUGHT | FITTED | {"predictor": "linear", "rank": 64},

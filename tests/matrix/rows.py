@@ -269,8 +269,8 @@ ROWS = (
     ),
     Row(
         "upcycle-linear-smooth",
-        lambda: Upcycle(bank=16, keep=2, predictor="linear", rank=8, gate="smooth"),
-        lambda: Upcycle(bank=16, keep=16, predictor="linear", rank=8, gate="hard"),
+        lambda: Upcycle(bank=16, keep=2, predictor="linear", rank=8, gate="smooth", compensation=4),
+        lambda: Upcycle(bank=16, keep=16, predictor="linear", rank=8, gate="hard", compensation=4),
         upcycle_reference,
         exact_zero=False,
         per_token=True,

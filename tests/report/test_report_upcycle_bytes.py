@@ -22,6 +22,7 @@ from tiny_models import tiny_batch, tiny_model
         {"predictor": "bilinear", "rank": 8},
         {"predictor": "quantized", "bits": 4, "group": 16},
         {"predictor": "quantized", "bits": 2, "group": 32},
+        {"predictor": "quantized", "bits": 4, "group": 16, "compensation": 8},
     ],
 )
 def test_bytes_are_those_that_the_kernels_are_given(settings: dict[str, Any], dtype: torch.dtype) -> None:
@@ -44,6 +45,9 @@ def test_bytes_are_those_that_the_kernels_are_given(settings: dict[str, Any], dt
         dtype=str(dtype).removeprefix("torch."),
     )
     assert run.predictor == pytest.approx(held / (3 * w.w_up_FD.nbytes))
+    if layer.predictor.compensation is not None:  # served in the model's dtype
+        held += sum(p.to(dtype).nbytes for p in layer.predictor.compensation.parameters())
+        assert "compensation" in run.parts
     assert run.reads == pytest.approx(0.25 + held / (3 * w.w_up_FD.nbytes))
 
 

@@ -32,6 +32,7 @@ UPCYCLE = {
     "fit_tokens": 2048,
     "distill": 0.5,
     "predictor_loss": 0.1,
+    "compensation": 4,
     "monitor_every": 0.25,
 }
 
@@ -84,7 +85,11 @@ def test_a_run_fits_then_trains_and_leaves_what_was_measured(tmp_path: Path) -> 
 @pytest.mark.parametrize("predictor", ["bilinear", "quantized"])
 def test_killed_and_resumed_equals_never_killed(tmp_path: Path, predictor: str) -> None:
     """Weights, predictors and moments bit for bit, with the same looks and losses."""
-    changes = {"rank": None, "fit_tokens": 0, "anneal": 0.5, "group": 16} if predictor == "quantized" else {}
+    changes = (
+        {"rank": None, "fit_tokens": 0, "anneal": 0.5, "compensation": 0, "group": 16}
+        if predictor == "quantized"
+        else {}
+    )
     common = upcycle(tmp_path, steps=40, save_every=4, precision="bf16", predictor=predictor, accumulate=2, **changes)
     common |= {"batch_size": 1}
     run(resolve(common | {"name": "whole"}, {}), display=Display(silent=True))

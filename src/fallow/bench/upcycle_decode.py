@@ -169,8 +169,12 @@ def bytes_read(model: PreTrainedModel, handle: Any | None = None) -> int:
     for layer in handle.layers:
         w = layer.view.weights()
         total -= round((w.w_gate_FD.nbytes + w.w_up_FD.nbytes + w.w_down_DF.nbytes) * (1 - layer.keep / layer.bank))
-    predictor = handle.layers[0].predictor.packed(handle.layers[0].view.weights())
-    return total + len(handle.layers) * sum(t.nbytes for t in (*predictor.tensors, predictor.tilt_F) if t is not None)
+    first = handle.layers[0]
+    predictor = first.predictor.packed(first.view.weights())
+    own = sum(t.nbytes for t in (*predictor.tensors, predictor.tilt_F) if t is not None)
+    if first.predictor.compensation is not None:  # served in the model's dtype
+        own += sum(p.numel() for p in first.predictor.compensation.parameters()) * model.dtype.itemsize
+    return total + len(handle.layers) * own
 
 
 def _weights(view: FFNView) -> list[torch.nn.Parameter]:

@@ -18,8 +18,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from fallow.evaluation.snapshot import Snapshot, copy_of, weights_of
 from fallow.evaluation.subject import Subject
 from fallow.evaluation.sweeps import Say, upcycled
 from fallow.methods.upcycle.layers import GatedFFN
@@ -32,6 +33,8 @@ NAMES = ("keep", "tilt", "refit", "finetune", "lm")
 TILT_LR = 0.1
 """Learning rate of a bias: logits differ by a few units."""
 TINY = 1e-20
+FITTED = 8192
+"""Tokens from which closed forms are fitted."""
 HELD = 8
 """One in so many tokens of the text is not learnt from and says how well the predictor finds channels."""
 
@@ -127,7 +130,7 @@ def ways(layer: GatedFFN, chosen: tuple[str, ...], keeps: list[int]) -> list[Rep
             Repair(name="keep", what=f"keep {keep} of {layer.bank}", run=lambda shop, keep=keep: more(shop, keep))
         )
     found.append(Repair(name="tilt", what="a bias per channel", run=tilt))
-    fixed = "" if list(layer.predictor.parameters()) else f"a {layer.predictor.kind} predictor has nothing to fit"
+    fixed = "" if layer.predictor.scoring() else f"a {layer.predictor.kind} predictor has nothing to fit"
     found.append(Repair(name="refit", what="the predictor fitted anew on long text", run=refit, refused=fixed))
     found.append(Repair(name="finetune", what="FFN and predictor trained to the dense output", run=finetune))
     found.append(Repair(name="lm", what="FFN and predictor trained on the text", run=lm))
@@ -138,6 +141,7 @@ def more(shop: Workshop, keep: int) -> None:
     """Keep more channels of every bank."""
     shop.layer.keep = keep
     shop.layer.stale()
+    shop.layer.compensate(shop.x_TD[:FITTED])
 
 
 def tilt(shop: Workshop) -> None:
@@ -164,6 +168,7 @@ def tilt(shop: Workshop) -> None:
         else:  # the logit is a magnitude's logarithm
             layer.predictor.tilt_F.mul_(bias_F.detach().exp())
     layer.stale()
+    layer.compensate(shop.x_TD[:FITTED])
 
 
 def _logits(layer: GatedFFN, x_TD: Tensor) -> Tensor:
@@ -178,7 +183,7 @@ def _missing(shop: Workshop) -> Tensor:
     layer = shop.layer
     w, bank = layer.view.weights(), layer.bank
     total_F = torch.zeros(layer.view.n_channels, device=shop.x_TD.device)
-    chunks = shop.x_TD[:8192].split(shop.rows)
+    chunks = shop.x_TD[:FITTED].split(shop.rows)
     for x in chunks:
         scores = _logits(layer, x).unflatten(1, (-1, bank))
         wanted_TF = target_logits(contribution(x, w, layer.view.act, layer.config), bank)
@@ -190,10 +195,10 @@ def refit(shop: Workshop) -> None:
     """The predictor begun from the weights and the inputs seen, then fitted; the better of both by recall is kept."""
     layer = shop.layer
     w = layer.view.weights()
-    layer.predictor.start(w, shop.x_TD[:8192])
-    begun, state = shop.recall(), _copy(layer.predictor)
+    layer.predictor.start(w, shop.x_TD[:FITTED])
+    begun, state = shop.recall(), copy_of(layer.predictor)
     rate = layer.config.fit_lr
-    optimizer = torch.optim.AdamW(layer.predictor.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(layer.predictor.scoring(), lr=rate, betas=(0.9, 0.95), weight_decay=0.0)
     for step in range(shop.steps):
         x = shop.draw()
         target_TF = contribution(x, w, layer.view.act, layer.config)
@@ -210,6 +215,7 @@ def refit(shop: Workshop) -> None:
     for p in layer.predictor.parameters():
         p.grad = None
     layer.stale()
+    layer.compensate(shop.x_TD[:FITTED])
 
 
 def finetune(shop: Workshop) -> None:
@@ -236,12 +242,6 @@ def lm(shop: Workshop) -> None:
             ids_BT = texts_NT[index][None].to(model.device)
             loss = model(input_ids=ids_BT, labels=ids_BT, use_cache=False).loss
             _step(optimizer, loss, shop, step * shop.steps // steps)
-
-
-def weights_of(layer: GatedFFN) -> list[nn.Parameter]:
-    """The FFN's own matrices."""
-    found = {id(c.parameter): c.parameter for c in layer.view.parameters_along_channels()}
-    return list(found.values())
 
 
 @contextmanager
@@ -278,42 +278,6 @@ def _step(optimizer: AdamW, loss: Tensor, shop: Workshop, step: int) -> None:
         group["lr"] = rate * share
     optimizer.step()
     shop.layer.stale()
-
-
-class Snapshot:
-    """A layer as it is: what it keeps, its predictor and its weights."""
-
-    def __init__(self, layer: GatedFFN) -> None:
-        self.layer, self.keep = layer, layer.keep
-        self.predictor, self.started = _copy(layer.predictor), layer.predictor.started
-        self.weights = [p.detach().clone() for p in weights_of(layer)]
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        """Bit for bit."""
-        self.layer.keep = self.keep
-        self.layer.predictor.load_state_dict(self.predictor)
-        self.layer.predictor.started = self.started
-        for p, was in zip(weights_of(self.layer), self.weights, strict=True):
-            p.copy_(was)
-        self.layer.stale()
-
-    def changes(self) -> list[str]:
-        """What is not as it was, in words."""
-        layer, found = self.layer, []
-        if layer.keep != self.keep:
-            found.append(f"keep {self.keep} → {layer.keep}")
-        state = layer.predictor.state_dict()
-        found += [f"predictor.{n}" for n, was in self.predictor.items() if not torch.equal(was, state[n])]
-        names = dict.fromkeys(c.name for c in layer.view.parameters_along_channels())
-        for name, p, was in zip(names, weights_of(layer), self.weights, strict=False):
-            if not torch.equal(p.detach(), was):
-                found.append(name)
-        return found
-
-
-def _copy(module: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
 
 
 __all__ = ["NAMES", "Repair", "Say", "Snapshot", "Workshop", "inputs_of", "ways"]

@@ -179,8 +179,7 @@ def _read_cell(run: Upcycled) -> Cell | None:
         return None
     if run.reads is None:
         return Cell(value=f"{run.living:.0%}", note="of the feed-forward channels live for a token")
-    parts = f"{run.living:.0%} living channels, {run.predictor:.1%} predictor"
-    return Cell(value=f"{run.reads:.0%}", note=f"of the feed-forward bytes read per token: {parts}")
+    return Cell(value=f"{run.reads:.0%}", note=f"of the feed-forward bytes read per token: {run.parts}")
 
 
 def _left_out(arm: Arm) -> float | None:
@@ -201,8 +200,9 @@ def _bought(held: list[tuple[Arm, Upcycled]], base: Arm | None) -> Facts:
         table.rows.append(Row(name=base.label, cells=cells))
     for arm, run in held:
         recall, chance = run.by_layer(-1, "recall"), run.by_layer(-1, "random")
-        own = f"{run.living:.0%} + {run.predictor:.1%} predictor" if run.reads is not None else ""
         if run.reads is not None:
+            stand_in = f" + {run.compensation:.1%} compensation" if run.compensation else ""
+            own = f"{run.living:.0%} + {run.predictor:.1%} predictor{stand_in}"
             read_ = Cell(value=f"{run.reads:.0%}", note=own)
         else:
             read_ = Cell(value=NONE, note="control" if arm.aside else "")

@@ -84,11 +84,23 @@ class Upcycled:
         return None if own is None else (own + _TILT_BYTES * f) / (3 * d * f * self.weight_bytes)
 
     @property
+    def compensation(self) -> float:
+        """Bytes of what stands in for the dead channels over those of gate, up and down; 0: nothing does."""
+        rank = number(self.settings, "compensation") or 0
+        return (2 * rank + 1) / (3 * self.channels) if rank and self.channels else 0.0
+
+    @property
     def reads(self) -> float | None:
-        """Share of the FFNs' bytes that decoding one token reads, the predictor's added."""
+        """Share of the FFNs' bytes that decoding one token reads, the predictor's and the compensation's added."""
         if self.living is None or self.predictor is None:
             return None
-        return self.living + self.predictor
+        return self.living + self.predictor + self.compensation
+
+    @property
+    def parts(self) -> str:
+        """Of what `reads` consists."""
+        stand_in = f", {self.compensation:.1%} compensation" if self.compensation else ""
+        return f"{self.living or 0:.0%} living channels, {self.predictor or 0:.1%} predictor{stand_in}"
 
     @property
     def kept(self) -> str:

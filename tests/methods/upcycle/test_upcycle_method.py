@@ -10,7 +10,7 @@ import fallow
 from fallow.errors import CheckpointError, ConfigError, UnsupportedModelError
 from fallow.methods.upcycle.allocation import allocate, sensitivity
 from fallow.methods.upcycle.learning import gated, in_bank_cross_entropy
-from fallow.methods.upcycle.predictors import gram, low_rank
+from fallow.methods.upcycle.lowrank import gram, low_rank
 
 SMALL = {"bank": 16, "keep": 4, "group": 16}
 

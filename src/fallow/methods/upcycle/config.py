@@ -62,6 +62,10 @@ class Upcycle:
     criterion: Literal["hidden", "contribution"] = "hidden"
     """What makes a channel the better one: |h|, or |h| times the norm of its column of the down projection (ours)."""
 
+    compensation: int = 0
+    """Rank of an affine map of the FFN's input that stands in for its dead channels, such as 64; 0: none (ours). Fitted
+    in closed form before training, trained with the rest."""
+
     anneal: float = 0.0
     """Share of the run in which `keep` falls from `bank` to its value (ours)."""
 
@@ -118,6 +122,13 @@ class Upcycle:
             raise ConfigError(f"Upcycle: bits={self.bits!r}; quantized predictors have 2 or 4 bits")
         if not _whole(self.group) or self.group < 16 or self.group % 16:
             raise ConfigError(f"Upcycle: group={self.group!r} must be a multiple of 16, such as 64")
+        if not _whole(self.compensation) or self.compensation < 0:
+            raise ConfigError(f"Upcycle: compensation={self.compensation!r} must be a rank such as 64, or 0")
+        if self.compensation and self.anneal:
+            raise ConfigError(
+                "Upcycle: compensation is fitted to what the final keep leaves out, and anneal begins with another;"
+                " set one of them to 0"
+            )
         if self.gate == "smooth" and self.predictor != "linear":
             raise ConfigError(
                 f"Upcycle: gate='smooth' multiplies by a logit's sigmoid and a {self.predictor} predictor has no"

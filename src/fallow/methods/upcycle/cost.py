@@ -1,4 +1,5 @@
-"""What a token reads of an FFN, predictor included, as shares of the dense FFN's bytes. Decoding is bound by them."""
+"""What a token reads of an FFN, as shares of the dense FFN's bytes: living rows, predictor, compensation. Decoding is
+bound by them."""
 
 from __future__ import annotations
 
@@ -15,10 +16,11 @@ class BytesRead(NamedTuple):
 
     living: float
     predictor: float
+    compensation: float = 0.0
 
     @property
     def total(self) -> float:
-        return self.living + self.predictor
+        return self.living + self.predictor + self.compensation
 
 
 def bytes_read(
@@ -39,4 +41,5 @@ def bytes_read(
     else:
         pairs = 1 if config.predictor == "linear" else 2
         read = pairs * ((width + channels) * rank * FACTOR_BYTES + (rank + channels) * SCALE_BYTES)
-    return BytesRead(keep / config.bank, read / dense if config.selection == "predictor" else 0.0)
+    stand_in = width * (2 * config.compensation + 1) * weight_bytes if config.compensation else 0
+    return BytesRead(keep / config.bank, read / dense if config.selection == "predictor" else 0.0, stand_in / dense)

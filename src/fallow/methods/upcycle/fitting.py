@@ -2,7 +2,8 @@
 
 A pass over a batch brings every layer its inputs; there its predictor takes one step of AdamW on the in-bank cross
 entropy (`learning.py`). Nothing is stored: activations of a few million tokens would fill a disk. Cost: a dense forward
-pass and three times the predictors' FLOPs per token.
+pass and three times the predictors' FLOPs per token. Then compensations, which have a closed form, are fitted to what
+the predictors leave out.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ import torch
 from torch import Tensor
 
 from fallow.errors import DataError
+from fallow.methods.upcycle.compensation import Moments
 from fallow.methods.upcycle.config import Upcycle
-from fallow.methods.upcycle.layers import GatedFFN
+from fallow.methods.upcycle.layers import GatedFFN, Observer
 from fallow.methods.upcycle.learning import in_bank_cross_entropy
 from fallow.methods.upcycle.looking import Look, report
 from fallow.methods.upcycle.predictors import contribution
@@ -26,6 +28,7 @@ from fallow.shards import reshard
 RECORDS = 10
 """Records of progress per fit."""
 WARM_UP = 0.05
+COMPENSATION_TOKENS = 16_384
 
 
 class Fitter:
@@ -34,7 +37,7 @@ class Fitter:
     def __init__(self, watch: Look, layers: Sequence[GatedFFN], config: Upcycle) -> None:
         self.watch, self.model, self.layers, self.config = watch, watch.model, layers, config
         self.optimizers = {
-            layer.number: torch.optim.AdamW(layer.predictor.parameters(), lr=config.fit_lr, betas=(0.9, 0.95))
+            layer.number: torch.optim.AdamW(layer.predictor.scoring(), lr=config.fit_lr, betas=(0.9, 0.95))
             for layer in layers
         }
 
@@ -82,12 +85,35 @@ class Fitter:
             if telling:
                 found["loss"].append(float(loss))
 
-        inputs = {k: v for k, v in batch.items() if k in ("input_ids", "position_ids", "attention_mask")}
-        with self.watch.passing(observer=fit):
-            self.model(**inputs, use_cache=False, **self._no_logits())
-        reshard(self.model)
+        _pass(self.watch, batch, fit)
         return found
 
-    def _no_logits(self) -> dict[str, int]:
-        """The head is not needed: the last position alone, of a model that can leave out the others."""
-        return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(self.model.forward).parameters else {}
+
+def fit_compensation(watch: Look, batches: Iterable[dict[str, Tensor]]) -> None:
+    """Fit every layer's compensation to `COMPENSATION_TOKENS` tokens of these batches, or to all that there are."""
+    moments = [Moments() for _ in watch.layers]
+
+    def add(layer: GatedFFN, x_TD: Tensor) -> None:
+        if not layer.predictor.started:
+            layer.predictor.start(layer.view.weights(), x_TD)
+        moments[layer.number].add(x_TD, layer.missing(x_TD))
+
+    seen = 0
+    for batch in batches:
+        _pass(watch, {k: v.to(watch.model.device) for k, v in batch.items()}, add)
+        seen += batch["input_ids"].numel()
+        if seen >= COMPENSATION_TOKENS:
+            break
+    for layer, found in zip(watch.layers, moments, strict=True):
+        if found.tokens and layer.predictor.compensation is not None:
+            layer.predictor.compensation.take(found)
+
+
+def _pass(watch: Look, batch: dict[str, Tensor], observer: Observer) -> None:
+    """Show the dense model a batch. The head is not needed: the last position alone, where others can be left out."""
+    inputs: dict[str, Any] = {k: v for k, v in batch.items() if k in ("input_ids", "position_ids", "attention_mask")}
+    if "logits_to_keep" in inspect.signature(watch.model.forward).parameters:
+        inputs["logits_to_keep"] = 1
+    with watch.passing(observer=observer):
+        watch.model(**inputs, use_cache=False)
+    reshard(watch.model)

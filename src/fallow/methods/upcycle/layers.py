@@ -16,6 +16,7 @@ from fallow import anatomy
 from fallow.anatomy.ffn import FFNRows, FFNWeights
 from fallow.errors import ConfigError, UnsupportedModelError
 from fallow.method import Mode
+from fallow.methods.upcycle.compensation import Moments
 from fallow.methods.upcycle.config import Upcycle
 from fallow.methods.upcycle.learning import gated, in_bank_cross_entropy
 from fallow.methods.upcycle.predictors import KINDS, judged
@@ -23,6 +24,8 @@ from fallow.ops import bank_ffn
 from fallow.ops.activation import activation
 from fallow.ops.bank_ffn.select import tensor_of
 
+ROWS = 2048
+"""Tokens whose hidden activations are held at a time."""
 Observer = Callable[["GatedFFN", Tensor], None]
 """Called in forward with (layer, x [T, D])."""
 
@@ -75,6 +78,8 @@ class GatedFFN:
                 self.predictor.start(self.view.weights(), None)
             may = self._may_decode(x_TD, rows)
             y = self._decode(x, rows) if may else self._masked(x_TD, self.view.weights()).view(x.shape)
+            if (stand_in := self.predictor.compensation) is not None:
+                y = y + stand_in(x)
         if self.heard is not None:
             self.heard(y)
         return y
@@ -120,6 +125,8 @@ class GatedFFN:
         """The weights have changed, or will: what serving derived from them is dropped."""
         self._serving = None
         self.predictor.stale()
+        if self.predictor.compensation is not None:
+            self.predictor.compensation.stale()
 
     def _masked(self, x_TD: Tensor, w: FFNWeights) -> Tensor:
         """y [T, D] by dense GEMMs, with the dead channels set to zero between them."""
@@ -161,6 +168,22 @@ class GatedFFN:
         if self.learning and self.config.predictor_loss and scores_TF.requires_grad:
             self.losses.append(in_bank_cross_entropy(scores_TF, judged(h_TF, w, self.config), self.bank))
         return gated(scores_TF, mask_TF, form=self.config.gate, bank=self.bank)
+
+    @torch.no_grad()
+    def missing(self, x_TD: Tensor) -> Tensor:
+        """[T, D]: what the dead channels would have added to the output."""
+        w = self.view.weights()
+        h_TF = self.hidden(x_TD, w)
+        coefficient_TF = self.coefficient(x_TD, h_TF, w).to(h_TF.dtype)
+        return nn.functional.linear(h_TF - h_TF * coefficient_TF, w.w_down_DF)
+
+    def compensate(self, x_TD: Tensor, seen: Moments | None = None) -> None:
+        """Fit the compensation, if there is one, to what is missing on these inputs (and on those `seen` before)."""
+        if self.predictor.compensation is not None:
+            seen = seen or Moments()
+            for x in x_TD.split(ROWS):
+                seen.add(x, self.missing(x))
+            self.predictor.compensation.take(seen)
 
     # -- for the method -----------------------------------------------------------------------------------------------
 

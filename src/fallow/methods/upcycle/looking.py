@@ -59,10 +59,13 @@ class Look(Watch):
         """Start predictors that have not been, from the batch where there is one, and set thresholds."""
 
         def begin(layer: GatedFFN, x_TD: Tensor) -> None:
-            if not layer.predictor.started:
+            fresh = not layer.predictor.started
+            if fresh:
                 layer.predictor.start(layer.view.weights(), x_TD)
             if layer.selection == "threshold":
                 layer.set_threshold(x_TD)
+            if fresh:
+                layer.compensate(x_TD)
 
         if self.batch is not None:
             self.pass_over(observer=begin)

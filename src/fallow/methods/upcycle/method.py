@@ -23,7 +23,7 @@ from fallow.method import Method, Mode
 from fallow.methods.ranks import agreed, mean_over_ranks
 from fallow.methods.upcycle.config import Upcycle
 from fallow.methods.upcycle.fingerprint import fingerprint
-from fallow.methods.upcycle.fitting import Fitter
+from fallow.methods.upcycle.fitting import Fitter, fit_compensation
 from fallow.methods.upcycle.layers import GatedFFN
 from fallow.methods.upcycle.looking import Look
 from fallow.methods.upcycle.parent import Parent, distance
@@ -156,19 +156,28 @@ class UpcycleMethod(Method):
         self.watched.take(batch)
 
     def prepare(self, batches: Iterable[dict[str, Tensor]]) -> Iterator[dict[str, Any]]:
-        """First stage: fit predictors to the frozen model on `fit_tokens` tokens; yields a record now and then."""
+        """First stage: fit predictors to the frozen model on `fit_tokens` tokens, and compensations to what they leave
+        out; yields a record now and then."""
         self._follow_model()
         self.start()
-        if self.config.fit_tokens and self.predictor_parameters():
-            for record in Fitter(self.watched, self.layers, self.config).run(batches):
+        stream = iter(batches)
+        if self.config.fit_tokens and any(layer.predictor.scoring() for layer in self.layers):
+            for record in Fitter(self.watched, self.layers, self.config).run(stream):
                 self.fits.append(record)
                 yield record
+        if self.config.compensation:
+            fit_compensation(self.watched, stream)
+            self._agree()
 
     def start(self) -> None:
         """Start the predictors that have not been started, from the weights and the watched batch if there is one."""
         if all(layer.predictor.started for layer in self.layers) and not self._thresholds_due():
             return
         self.watched.start()
+        self._agree()
+
+    def _agree(self) -> None:
+        """Rank 0's predictors on all ranks."""
         for p in self.predictor_parameters():
             agreed(p.data)
 
@@ -191,9 +200,12 @@ class UpcycleMethod(Method):
         """AdamW for the model, and for predictors at `predictor_lr` times the rate, without decay."""
         self._follow_model()
         groups = decay_groups([p for p in self.model.parameters() if p.requires_grad], weight_decay)
-        own = self.predictor_parameters()
-        if own and self.config.predictor_lr > 0:
-            groups.append({"params": own, "weight_decay": 0.0, "lr": lr * self.config.predictor_lr})
+        scoring = [p for layer in self.layers for p in layer.predictor.scoring()]
+        if scoring and self.config.predictor_lr > 0:
+            groups.append({"params": scoring, "weight_decay": 0.0, "lr": lr * self.config.predictor_lr})
+        stand_ins = [p for layer in self.layers if (c := layer.predictor.compensation) for p in c.parameters()]
+        if stand_ins:
+            groups.append({"params": stand_ins, "weight_decay": 0.0})
         return AdamW(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
 
     # -- what is told -------------------------------------------------------------------------------------------------

@@ -19,18 +19,19 @@ from torch import Tensor, nn
 from fallow.anatomy.ffn import FFNWeights
 from fallow.errors import ConfigError
 from fallow.methods.ranks import several
+from fallow.methods.upcycle.compensation import Compensation
 from fallow.methods.upcycle.config import Upcycle
+from fallow.methods.upcycle.lowrank import gram, low_rank
 from fallow.ops import bank_ffn
 from fallow.ops.activation import activation
 from fallow.shards import local
 
-RIDGE = 1e-2
-"""Penalty of least squares, as a share of the mean square of the inputs."""
 _TINY = 1e-20
 
 
 class Predictor(nn.Module):
-    """One layer's. Attributes: `kind`; `tilt_F` fp32 [F]; `started`, whether its start has been made."""
+    """One layer's. Attributes: `kind`; `tilt_F` fp32 [F]; `started`, whether its start has been made; `compensation`,
+    what stands in for the channels that it leaves out, or None."""
 
     kind: Literal["linear", "bilinear", "quantized"]
     tilt_F: Tensor
@@ -40,6 +41,8 @@ class Predictor(nn.Module):
         self.config, self.act, self.started = config, act, False
         neutral = torch.zeros if self.kind == "linear" else torch.ones
         self.register_buffer("tilt_F", neutral(channels, device=device))
+        rank = config.compensation
+        self.compensation = Compensation(rank=rank, width=width, device=device) if rank else None
 
     def start(self, w: FFNWeights, x_TD: Tensor | None) -> None:
         """Begin from the weights, and from inputs of the FFN where there are some."""
@@ -50,6 +53,10 @@ class Predictor(nn.Module):
 
     def _start(self, w: FFNWeights, x_TD: Tensor | None) -> None:
         raise NotImplementedError
+
+    def scoring(self) -> list[nn.Parameter]:
+        """The parameters that scores depend on."""
+        return [p for name, p in self.named_parameters() if not name.startswith("compensation.")]
 
     def logits(self, x_TD: Tensor, w: FFNWeights) -> Tensor:
         """[T, F] whose order within a bank is the choice; of magnitudes the logarithm. Gradients reach parameters."""
@@ -213,29 +220,3 @@ def target_logits(contribution_TF: Tensor, bank: int) -> Tensor:
     """fp32 [T, F]: logarithm of each channel's contribution, less its bank's mean."""
     banked_TNb = (contribution_TF + contribution_TF.mean() * 1e-3 + _TINY).log().unflatten(1, (-1, bank))
     return (banked_TNb - banked_TNb.mean(2, keepdim=True)).flatten(1)
-
-
-def gram(x_TD: Tensor) -> Tensor:
-    """fp32 [D, D]: second moments of x, with a ridge."""
-    x_TD = x_TD.float()
-    found_DD = x_TD.t() @ x_TD / x_TD.shape[0]
-    found_DD.diagonal().add_(RIDGE * found_DD.diagonal().mean().clamp_min(1e-12) + 1e-12)
-    return found_DD
-
-
-def low_rank(w_FD: Tensor, gram_DD: Tensor | None, rank: int) -> tuple[Tensor, Tensor]:
-    """(V [R, D], U [F, R]) whose product is nearest to w on inputs with these second moments; None: any inputs.
-
-    The singular vectors of w·L, L the Cholesky factor of the moments, from an eigendecomposition [D, D].
-    """
-    dtype = torch.float64 if w_FD.shape[1] <= 1024 else torch.float32
-    w_FD = w_FD.to(dtype)
-    factor_DD = None if gram_DD is None else torch.linalg.cholesky(gram_DD.to(dtype))
-    seen_FD = w_FD if factor_DD is None else w_FD @ factor_DD
-    vectors_DR = torch.linalg.eigh(seen_FD.t() @ seen_FD).eigenvectors[:, -rank:]
-    v_RD = vectors_DR.t()
-    if factor_DD is not None:
-        v_RD = torch.linalg.solve_triangular(factor_DD, v_RD, upper=False, left=False)
-    u_FR = seen_FD @ vectors_DR
-    size = (u_FR.norm() / v_RD.norm().clamp_min(1e-12)).sqrt().clamp_min(1e-12)  # both factors of one size
-    return (v_RD * size).float(), (u_FR / size).float()
