@@ -7,13 +7,14 @@ from typing import Any
 TAUGHT: dict[str, Any] = {"bank": 64, "keep": 16, "distill": 0.5}
 COMPANION = "runs/experiments/upcycle-cpt/dense/model"
 """The dense arm's result, which has to be there before an arm that it teaches."""
+COMPENSATED: dict[str, Any] = TAUGHT | {"distill": 0.7, "teacher": COMPANION, "compensation": 64, "anneal": 0.5}
 FITTED: dict[str, Any] = {"fit_tokens": 262_144, "predictor_loss": 0.1}
 
 MAIN: dict[str, dict[str, Any] | None] = {
     "dense": None,
     "quantized": TAUGHT | {"predictor": "quantized"},
     "companion-taught": TAUGHT | {"predictor": "quantized", "distill": 0.7, "teacher": COMPANION},
-    "compensated": TAUGHT | {"predictor": "quantized", "distill": 0.7, "teacher": COMPANION, "compensation": 64},
+    "compensated": COMPENSATED | {"predictor": "quantized"},
     "random": TAUGHT | {"selection": "random"},
     "bilinear": TAUGHT | FITTED | {"predictor": "bilinear", "rank": 128},
     "linear": TAUGHT | FITTED | {"predictor": "linear", "rank": 64},

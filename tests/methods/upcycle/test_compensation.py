@@ -106,6 +106,16 @@ def test_it_learns_at_the_rate_of_the_weights_even_where_predictors_do_not():
         assert not torch.equal(model(input_ids=tiny_batch()["input_ids"][:, :1]).logits, served)
 
 
+def test_while_more_channels_live_it_adds_less():
+    _, handle = compensated(anneal=0.5)
+    shares = []
+    for step in range(8):
+        handle.before_step(step, 8)
+        shares.append((handle.layers[0].keep, handle.layers[0].annealed))
+        handle.after_step(step, 8)
+    assert shares[:5] == [(16, 0.0), (13, 0.0625), (10, 0.25), (7, 0.5625), (4, 1.0)] and set(shares[4:]) == {(4, 1.0)}
+
+
 def test_state_and_export_carry_it(tmp_path):
     model, handle = compensated()
     handle.watch(tiny_batch(seed=3))
@@ -136,5 +146,3 @@ def test_bad_settings_are_said():
         fallow.Upcycle(compensation=-1)
     with pytest.raises(ConfigError, match="compensation=True"):
         fallow.Upcycle(compensation=True)
-    with pytest.raises(ConfigError, match="set one of them to 0"):
-        fallow.Upcycle(compensation=8, anneal=0.5)

@@ -124,11 +124,6 @@ class Upcycle:
             raise ConfigError(f"Upcycle: group={self.group!r} must be a multiple of 16, such as 64")
         if not _whole(self.compensation) or self.compensation < 0:
             raise ConfigError(f"Upcycle: compensation={self.compensation!r} must be a rank such as 64, or 0")
-        if self.compensation and self.anneal:
-            raise ConfigError(
-                "Upcycle: compensation is fitted to what the final keep leaves out, and anneal begins with another;"
-                " set one of them to 0"
-            )
         if self.gate == "smooth" and self.predictor != "linear":
             raise ConfigError(
                 f"Upcycle: gate='smooth' multiplies by a logit's sigmoid and a {self.predictor} predictor has no"

@@ -40,6 +40,7 @@ class GatedFFN:
     mode: "dense" or "sparse", what this layer computes where the method asks for sparse forwards.
     sparse: whether the method does; set by it.
     learning: whether forward notes what `loss` adds up; set by the method in training.
+    annealed: what the compensation, fitted to the final `keep`, is multiplied by while more channels live.
     threshold: fp32, channels judged above it live where selection is "threshold".
     """
 
@@ -55,6 +56,7 @@ class GatedFFN:
         """Called with the output, as the hook of a module would be."""
         self.losses: list[Tensor] = []
         self.threshold = torch.zeros(())
+        self.annealed = 1.0
         self.chance = torch.Generator()
         device = tensor_of(view.rows().w_up_FD).device
         self.predictor = KINDS[config.predictor](
@@ -79,7 +81,7 @@ class GatedFFN:
             may = self._may_decode(x_TD, rows)
             y = self._decode(x, rows) if may else self._masked(x_TD, self.view.weights()).view(x.shape)
             if (stand_in := self.predictor.compensation) is not None:
-                y = y + stand_in(x)
+                y = y + (stand_in(x) if self.annealed == 1.0 else self.annealed * stand_in(x))
         if self.heard is not None:
             self.heard(y)
         return y

@@ -77,7 +77,9 @@ class UpcycleMethod(Method):
             self.look(step)
         span = self.config.anneal * total_steps
         for layer, final in zip(self.layers, self.keep, strict=True):
-            layer.keep = layer.bank - round((layer.bank - final) * min(1.0, step / span)) if span else final
+            share = min(1.0, step / span) if span else 1.0
+            layer.keep = layer.bank - round((layer.bank - final) * share)
+            layer.annealed = share * share  # the smallest channels die first
             layer.chance.manual_seed(self._draw(step, layer.number))
             layer.lay_back()
         for p in self.predictor_parameters():
@@ -87,7 +89,7 @@ class UpcycleMethod(Method):
         for layer, final in zip(self.layers, self.keep, strict=True):
             layer.stale()
             if step + 1 == total_steps:
-                layer.keep = final
+                layer.keep, layer.annealed = final, 1.0
         if step + 1 == total_steps and self.config.monitor_every:
             self.look(total_steps)
 
