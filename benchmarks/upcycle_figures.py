@@ -20,15 +20,19 @@ from fallow.method import Mode
 from fallow.report.charts import Axis, Series, line_chart
 
 RUNS = "runs/experiments/upcycle-cpt"
+BEST = f"{RUNS}/compensated"
 RULER = "--tasks ruler --lengths 1024 2048 4096 --limit 6"
 RESULTS = "benchmarks/results"
 REPAIRS = tuple(f"upcycle-repair-s{seed}" for seed in (1, 2, 3))
 COMMANDS = {
     "upcycle-bench": "fallow bench upcycle --json > benchmarks/results/upcycle-bench.json",
     "upcycle-front": "python benchmarks/upcycle_front.py",
+    "upcycle-llamacpp": "python benchmarks/upcycle_llamacpp.py",
     "upcycle-cpt": "python benchmarks/upcycle_experiments.py main ablations, then … collate",
-    "upcycle-front-trained": f"python benchmarks/upcycle_front.py --model {RUNS}/quantized --name front-trained",
-    "upcycle-ruler": f"fallow evaluate {RUNS}/quantized --mode sparse {RULER} --output {RESULTS}/upcycle-ruler.json",
+    "upcycle-front-trained": (
+        f"python benchmarks/upcycle_front.py --model {BEST} --companion {RUNS}/dense --name front-trained"
+    ),
+    "upcycle-ruler": f"fallow evaluate {BEST} --mode sparse {RULER} --output {RESULTS}/upcycle-ruler.json",
     "upcycle-ruler-companion": f"fallow evaluate {RUNS}/dense {RULER} --output {RESULTS}/upcycle-ruler-companion.json",
 } | dict.fromkeys(REPAIRS, "python benchmarks/upcycle_repair.py --seed 1 2 3")
 Data = dict[str, Any]
@@ -90,10 +94,14 @@ def front(data: Data) -> Block:
     head = (
         "predictor | allocation | keep of 64 | FFN bytes read | at 7B shapes | recall | WikiText-2 | PostgreSQL manual"
     )
+    gaps = ["gap", "gap_companion"] if data.get("companion") else ["gap"]
+    if len(gaps) > 1:
+        head += " | WikiText-2, above the companion | PostgreSQL manual, above the companion"
     rows = [
         [
             r["kind"], r["allocation"], str(r["keep"]), f"{r['bytes']:.0%}", f"{r['bytes_7b']:.0%}",
-            f"{r['mean_recall']:.3f}", f"{r['gap']['wikitext-2']:+.3f}", f"{r['gap']['postgresql']:+.3f}",
+            f"{r['mean_recall']:.3f}",
+            *(f"{r[gap][text]:+.3f}" for gap in gaps for text in ("wikitext-2", "postgresql")),
         ]
         for r in data["rows"]
     ]  # fmt: skip
@@ -111,6 +119,31 @@ def front(data: Data) -> Block:
     dense = ", ".join(f"{name} {loss:.4f}" for name, loss in data["dense"].items())
     note = f"Dense: {dense} nats per token, {data['tokens']:,} tokens each. {machine_line(data)}"
     return f"{markdown_table(head, rows)}\n\n{note}", {data["experiment"]: standalone(found[0])}
+
+
+def recalls(data: Data) -> Block:
+    """What share of the best channels' activation each kind finds, by layer, at keep 16 alike in all layers."""
+    held = [r for r in data["rows"] if r["keep"] == 16 and r["allocation"] == "uniform" and "+" not in r["kind"]]
+    held = [r for r in held if r["kind"] not in ("oracle", "threshold")]
+    count = len(held[0]["recall"])
+    shown = sorted({0, 1, 2, count // 4, count // 2, 3 * count // 4, count - 2, count - 1})
+    head = " | ".join(["predictor", "mean", "worst layer", *(f"layer {n}" for n in shown)])
+    rows = []
+    for r in held:
+        worst = min(range(count), key=lambda n: r["recall"][n])
+        cells = [r["kind"], f"{r['mean_recall']:.3f}", f"{r['recall'][worst]:.3f} (layer {worst})"]
+        rows.append([*cells, *(f"{r['recall'][n]:.3f}" for n in shown)])
+    return f"{markdown_table(head, rows)}\n\nAll layers: `benchmarks/results/upcycle-front.json`.", {}
+
+
+def llamacpp(data: Data) -> Block:
+    """Beside llama.cpp."""
+    head = "what decodes | tokens/s | over llama.cpp's f16 | WikiText-2 loss"
+    rows = [
+        [name, f"{r['tokens_per_second']:.1f}", f"{r['over_f16']:.2f}×", f"{r['loss']:.3f}"]
+        for name, r in data["rows"].items()
+    ]
+    return f"{markdown_table(head, rows)}\n\n{data['tokens']:,} tokens for the loss. {machine_line(data)}", {}
 
 
 def cpt(data: Data) -> Block:
@@ -210,6 +243,8 @@ TABLES = [
     ("batches", ("upcycle-bench",), batches),
     ("decode", ("upcycle-bench",), decode),
     ("front", ("upcycle-front",), front),
+    ("recalls", ("upcycle-front",), recalls),
+    ("llamacpp", ("upcycle-llamacpp",), llamacpp),
     ("cpt", ("upcycle-cpt",), cpt),
     ("curves", ("upcycle-cpt",), curves),
     ("front-trained", ("upcycle-front-trained",), front),

@@ -36,16 +36,15 @@ from fallow.training.trainer import collate
 KEEPS = (8, 16, 24, 32)
 KINDS: dict[str, dict[str, Any]] = {
     "quantized 4-bit": {"predictor": "quantized", "bits": 4},
-    "quantized 2-bit": {"predictor": "quantized", "bits": 2},
-    "bilinear 128": {"predictor": "bilinear", "rank": 128},
-    "bilinear 64": {"predictor": "bilinear", "rank": 64},
-    "linear 64": {"predictor": "linear", "rank": 64},
     "quantized 4-bit + 64": {"predictor": "quantized", "bits": 4, "compensation": 64},
-    "quantized 2-bit + 64": {"predictor": "quantized", "bits": 2, "compensation": 64},
+    "bilinear 128": {"predictor": "bilinear", "rank": 128},
     "bilinear 128 + 64": {"predictor": "bilinear", "rank": 128, "compensation": 64},
-    "linear 64 + 64": {"predictor": "linear", "rank": 64, "compensation": 64},
-    "oracle + 64": {"selection": "oracle", "compensation": 64},
+    "linear 64": {"predictor": "linear", "rank": 64},
     "oracle": {"selection": "oracle"},
+    "oracle + 64": {"selection": "oracle", "compensation": 64},
+    "quantized 2-bit": {"predictor": "quantized", "bits": 2},
+    "quantized 2-bit + 64": {"predictor": "quantized", "bits": 2, "compensation": 64},
+    "bilinear 64": {"predictor": "bilinear", "rank": 64},
     "threshold": {"selection": "threshold"},
     "random": {"selection": "random"},
 }
@@ -96,12 +95,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     companion: dict[str, float] = {}
     gaps: dict[int, list[float]] = {}
 
+    target = ROOT / "benchmarks" / "results" / f"upcycle-{options.name}.json"
+    about = {"experiment": f"upcycle-{options.name}", "command": "python benchmarks/upcycle_front.py"}
+    about |= {"machine": machine.describe(), "model": options.model, "tokens": options.tokens}
+
     def note(handle: Any, kind: str, allocation: str, kept: Sequence[int], keep: int) -> None:
         row = measured(handle, kind, allocation, kept, keep) | {"loss": losses(handle, "sparse")}
         row["gap"] = {name: row["loss"][name] - dense[name] for name in texts}
         if companion:
             row["gap_companion"] = {name: row["loss"][name] - companion[name] for name in texts}
         rows.append(row)
+        result = about | {"dense": dense, "companion": companion, "sensitivity": gaps, "rows": rows}
+        target.write_text(json.dumps(result, indent=1) + "\n")  # after every row: it takes long
         print({k: v for k, v in row.items() if k not in ("kept", "loss", "recall")}, flush=True)
 
     if options.companion:
@@ -140,16 +145,6 @@ def main(argv: Sequence[str] | None = None) -> int:
                     list(handle.prepare(batches()))
                 note(handle, kind, allocation, kept, keep)
         handle.remove()
-    result = {"experiment": f"upcycle-{options.name}", "command": "python benchmarks/upcycle_front.py"}
-    result |= {
-        "machine": machine.describe(),
-        "model": options.model,
-        "tokens": options.tokens,
-        "dense": dense,
-        "companion": companion,
-    }
-    target = ROOT / "benchmarks" / "results" / f"upcycle-{options.name}.json"
-    target.write_text(json.dumps(result | {"sensitivity": gaps, "rows": rows}, indent=1) + "\n")
     print(f"wrote {target.relative_to(ROOT)}")
     return 0
 
