@@ -6,7 +6,7 @@
 Every arm is a run as `fallow train` makes it (runs/experiments/upcycle-cpt/ARM): it resumes, and its model can be
 generated from, evaluated and exported. When it is finished its loss is taken dense and sparse on three held-out texts.
 Ablations take fewer steps (`--short`), and are compared with the main arms' curves at the same step only where these
-have the same schedule; so the dense arm and the quantized one are run short as well.
+have the same schedule; so the dense, quantized and linear arms are run short as well.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         arithmetic()
         for what in options.what:
-            names = SETS[what] if what == "main" else ["dense", "quantized", *SETS[what]]
+            names = SETS[what] if what == "main" else ["dense", "quantized", "linear", *SETS[what]]
             for name in names:
                 if not options.arms or name in options.arms:
                     steps = options.steps if what == "main" else options.short
