@@ -68,6 +68,12 @@ def load_subject(args: argparse.Namespace, *, verb: str) -> Subject:
     quiet()
     config = settings_of(args.method, args.set) if args.method else None
     subject = load(args.model, verb=verb, method=config, precision=args.precision, device=args.device)
+    if args.prompts:
+        if not hasattr(subject.sparsity, "prompts"):
+            raise ConfigError("--prompts needs an upcycled model, or --method upcycle")
+        subject.sparsity.prompts = args.prompts  # type: ignore[union-attr]
+    if prompts := getattr(subject.sparsity, "prompts", None):
+        subject.about["prompts"] = prompts
     if args.start_data:
         start(subject, args.start_data)
     return subject
@@ -89,6 +95,9 @@ def add_subject(parser: VerbParser) -> None:
     )
     parser.add_argument(
         "--start-data", nargs="+", default=[], metavar="FILE", help="text that the method starts its predictors from"
+    )
+    parser.add_argument(
+        "--prompts", choices=("sparse", "dense"), help="how an upcycled model reads the prompt of a generation"
     )
     parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="dtype of the weights")
     parser.add_argument("--device", metavar="NAME", help="cpu or cuda; default: a GPU where there is one")

@@ -37,7 +37,7 @@ def settings_of(handle: UpcycleMethod) -> dict[str, Any]:
     `distill` would have every loader keep a copy of the weights."""
     config = handle.config
     keep = [layer.keep for layer in handle.layers]
-    served = ("bank", "predictor", "rank", "bits", "group", "gate", "criterion", "compensation")
+    served = ("bank", "predictor", "rank", "bits", "group", "gate", "criterion", "compensation", "prompts")
     return {name: getattr(config, name) for name in served} | {"keep": keep if len(set(keep)) > 1 else keep[0]}
 
 

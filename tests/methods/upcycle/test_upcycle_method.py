@@ -56,6 +56,31 @@ def test_generate_runs_sparse_and_differs_from_dense():
     assert not torch.equal(sparse, dense)
 
 
+def test_a_prompt_may_be_read_by_all_channels():
+    """The first token after a dense prompt is the dense model's; a loss, which fills no cache, stays sparse."""
+    model, handle = upcycled(prompts="dense")
+    model.eval()
+    ids = tiny_batch(tokens=6, batch=1)["input_ids"]
+    handle.set_mode("sparse")
+
+    def answers():
+        how = {"do_sample": False, "use_cache": True, "output_logits": True, "return_dict_in_generate": True}
+        out = model.generate(ids, max_new_tokens=8, **how)
+        return torch.stack(out.logits)
+
+    found, loss = answers(), float(loss_of(model).detach())
+    handle.prompts = "sparse"
+    assert float(loss_of(model).detach()) == loss
+    sparse = answers()
+    handle.set_mode("dense")
+    dense = answers()
+    torch.testing.assert_close(found[0], dense[0])
+    assert not torch.allclose(found[0], sparse[0], atol=1e-4)
+    assert not torch.allclose(found[1], dense[1], atol=1e-4), "what follows is sparse"
+    with pytest.raises(ConfigError, match="prompts"):
+        fallow.Upcycle(prompts="half")
+
+
 @pytest.mark.parametrize("family", ["llama", "phi3"])
 def test_what_was_laid_out_for_decoding_is_saved_trained_and_handed_back_like_any_model(family, tmp_path):
     model, handle = upcycled(family)

@@ -14,6 +14,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "gate": ("hard", "straight_through", "smooth", "soft_topk"),
     "selection": SELECTIONS,
     "criterion": ("hidden", "contribution"),
+    "prompts": ("sparse", "dense"),
 }
 _SHARES = ("anneal", "distill", "monitor_every")
 _NOT_NEGATIVE = ("hidden_loss", "predictor_loss", "predictor_lr", "fit_tokens", "fit_lr")
@@ -65,6 +66,10 @@ class Upcycle:
     compensation: int = 0
     """Rank of an affine map of the FFN's input that stands in for its dead channels, such as 64; 0: none (ours). Fitted
     in closed form before training, trained with the rest."""
+
+    prompts: Literal["sparse", "dense"] = "sparse"
+    """Whether the prompt of a generation, several tokens at once with a cache, is computed sparse like the text that
+    follows, or by all channels (ours). A prompt is bound by arithmetic, of which a mask saves none."""
 
     anneal: float = 0.0
     """Share of the run in which `keep` falls from `bank` to its value (ours)."""

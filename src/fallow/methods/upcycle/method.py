@@ -55,6 +55,8 @@ class UpcycleMethod(Method):
             for layer in self.layers:
                 layer.view.uninstall()
             raise
+        self.prompts: Mode = config.prompts
+        """May be set at any time."""
         self.looks: list[dict[str, Any]] = []
         self.fits: list[dict[str, Any]] = []
         self.step = 0
@@ -113,8 +115,9 @@ class UpcycleMethod(Method):
         if self.watched.looking:
             return
         training = self.model.training
+        whole = self.prompts == "dense" and not training and _is_prompt(args, kwargs)
         for layer in self.layers:
-            layer.sparse = self.mode == "sparse"
+            layer.sparse = self.mode == "sparse" and not whole
             layer.learning = training
             layer.losses.clear()
             layer.heard = self._outputs.append if training and self.config.hidden_loss else None
@@ -313,3 +316,9 @@ class UpcycleMethod(Method):
         self.parent = None
         self.model._fallow = None  # type: ignore[assignment]
         return cast(PreTrainedModel, self.model)
+
+
+def _is_prompt(args: tuple, kwargs: dict) -> bool:
+    """Whether a forward is of several tokens that fill a cache: the prompt, or a part of it."""
+    given = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
+    return kwargs.get("past_key_values") is not None and given is not None and given.shape[1] > 1
