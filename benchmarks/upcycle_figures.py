@@ -33,6 +33,9 @@ COMMANDS = {
         f"python benchmarks/upcycle_front.py --model {BEST} --companion {RUNS}/dense --name front-trained"
     ),
     "upcycle-ruler": f"fallow evaluate {BEST} --mode sparse {RULER} --output {RESULTS}/upcycle-ruler.json",
+    "upcycle-ruler-prompts": (
+        f"fallow evaluate {BEST} --mode sparse --prompts dense {RULER} --output {RESULTS}/upcycle-ruler-prompts.json"
+    ),
     "upcycle-ruler-companion": f"fallow evaluate {RUNS}/dense {RULER} --output {RESULTS}/upcycle-ruler-companion.json",
 } | dict.fromkeys(REPAIRS, "python benchmarks/upcycle_repair.py --seed 2")
 Data = dict[str, Any]
@@ -183,26 +186,26 @@ def curves(data: Data) -> Block:
     return f"{markdown_table(head, rows)}\n\nDense, and sparse where the arm is; a dash: not trained so far.", {}
 
 
-def ruler(data: Data, companion: Data) -> Block:
-    """RULER: the upcycled run, sparse, and its dense companion on the same documents."""
-    head = "length | dense companion | upcycled, sparse | difference [95 %]"
-    dense, sparse = ruler_scores(companion, "dense"), ruler_scores(data, "sparse")
-    if list(dense.cells) != list(sparse.cells):
-        raise ValueError("the two RULER files are of other tasks or lengths")
+def ruler(data: Data, prompts: Data, companion: Data) -> Block:
+    """RULER: the upcycled run, all of it sparse or its answers only, and its dense companion on the same documents."""
+    head = "length | dense companion | sparse | difference [95 %] | sparse after a dense prompt | difference [95 %]"
+    dense, forms = ruler_scores(companion, "dense"), [ruler_scores(d, "sparse") for d in (data, prompts)]
+    if any(list(dense.cells) != list(form.cells) for form in forms):
+        raise ValueError("the RULER files are of other tasks or lengths")
     rows = []
     for length in [*dense.lengths, None]:
-        means = [s.all() if length is None else s.at(length) for s in (dense, sparse)]
-        gap = difference(sparse, dense, length=length)
-        gaps = f"**{100 * gap.mean:+.1f}** [{100 * gap.low:+.1f}, {100 * gap.high:+.1f}]"
-        rows.append([str(length or "mean"), *(f"{100 * m.mean:.1f}" for m in means), gaps])
+        cells = [f"{100 * (dense.all() if length is None else dense.at(length)).mean:.1f}"]
+        for form in forms:
+            gap = difference(form, dense, length=length)
+            cells.append(f"{100 * (form.all() if length is None else form.at(length)).mean:.1f}")
+            cells.append(f"**{100 * gap.mean:+.1f}** [{100 * gap.low:+.1f}, {100 * gap.high:+.1f}]")
+        rows.append([str(length or "mean"), *cells])
     by_task = []
     for task in dense.tasks:
-        own = [[100 * statistics.fmean(s.cells[c]) for c in s.cells if c[0] == task] for s in (dense, sparse)]
+        own = [[100 * statistics.fmean(s.cells[c]) for c in s.cells if c[0] == task] for s in (dense, *forms)]
         by_task.append(f"{task.removeprefix('ruler_')} {', '.join(f'{statistics.fmean(v):.1f}' for v in own)}")
     count = len(next(iter(dense.cells.values())))
-    note = (
-        f"In points of 100; {count} documents of each task and length. By task, dense and sparse: {'; '.join(by_task)}."
-    )
+    note = f"In points of 100; {count} documents of each task and length. By task, in this order: {'; '.join(by_task)}."
     return f"{markdown_table(head, rows)}\n\n{note} {machine_line(data)}", {}
 
 
@@ -248,7 +251,7 @@ TABLES = [
     ("cpt", ("upcycle-cpt",), cpt),
     ("curves", ("upcycle-cpt",), curves),
     ("front-trained", ("upcycle-front-trained",), front),
-    ("ruler", ("upcycle-ruler", "upcycle-ruler-companion"), ruler),
+    ("ruler", ("upcycle-ruler", "upcycle-ruler-prompts", "upcycle-ruler-companion"), ruler),
     ("repair", REPAIRS, repair),
 ]
 

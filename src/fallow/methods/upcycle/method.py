@@ -7,7 +7,6 @@ the model returns, so that any trainer trains it. Predictors are parameters of t
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -18,11 +17,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fallow import anatomy
-from fallow.errors import CheckpointError, ConfigError
+from fallow.errors import ConfigError
 from fallow.method import Method, Mode
 from fallow.methods.ranks import agreed, mean_over_ranks
+from fallow.methods.upcycle import state as states
 from fallow.methods.upcycle.config import Upcycle
-from fallow.methods.upcycle.fingerprint import fingerprint
 from fallow.methods.upcycle.fitting import Fitter, fit_compensation
 from fallow.methods.upcycle.layers import GatedFFN
 from fallow.methods.upcycle.looking import Look
@@ -235,54 +234,11 @@ class UpcycleMethod(Method):
 
     def state_dict(self) -> dict[str, Any]:
         """Predictors, what each layer keeps, and of which weights they are."""
-        state: dict[str, Any] = {
-            "method": self.name,
-            "n_layers": self.n_layers,
-            "predictor": self.config.predictor,
-            "bank": self.config.bank,
-            "keep": torch.tensor([layer.keep for layer in self.layers]),
-            "started": all(layer.predictor.started for layer in self.layers),
-            "weights": fingerprint(self.layers),
-            "history": json.dumps({"looks": self.looks, "fits": self.fits}),
-        }
-        for n, layer in enumerate(self.layers):
-            state |= {f"layer.{n}.{k}": v.detach().clone() for k, v in layer.predictor.state_dict().items()}
-            state[f"layer.{n}.threshold"] = layer.threshold
-        return state | {f"probe.{k}": v for k, v in (self.watched.batch or {}).items()}
+        return states.write(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state.get("method") != self.name or state.get("n_layers") != self.n_layers:
-            raise CheckpointError(
-                f"this state is of {state.get('method')!r} with {state.get('n_layers')} layers, not of 'upcycle' with"
-                f" {self.n_layers} layers; resume with the recipe that wrote it"
-            )
-        if (state["predictor"], state["bank"]) != (self.config.predictor, self.config.bank):
-            raise CheckpointError(
-                f"this state is of {state['predictor']} predictors and banks of {state['bank']}, the config of"
-                f" {self.config.predictor} ones and banks of {self.config.bank}; use the config that wrote it"
-            )
-        here = fingerprint(self.layers)
-        if state["weights"] and here and state["weights"] != here:
-            raise CheckpointError(
-                f"these predictors belong to other weights (hash {state['weights'][:12]}, this model {here[:12]}); load"
-                " the model that was saved beside them"
-            )
-        for n, layer in enumerate(self.layers):
-            prefix = f"layer.{n}."
-            own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-            layer.threshold = own.pop("threshold").cpu()
-            if (shapes := {k: v.shape for k, v in own.items()}) != {
-                k: v.shape for k, v in layer.predictor.state_dict().items()
-            }:
-                raise CheckpointError(f"predictor of layer {n}: {shapes} does not fit the config; use the one it is of")
-            layer.predictor.load_state_dict(own)
-            layer.predictor.started = bool(state["started"])
-            layer.keep = int(state["keep"][n])
-            layer.stale()
-        history = json.loads(state["history"])
-        self.looks, self.fits = history["looks"], history["fits"]
-        found = {k.removeprefix("probe."): v.to(self.model.device) for k, v in state.items() if k.startswith("probe.")}
-        self.watched.batch = found or None
+        """Raises CheckpointError: it is of another method, config or model."""
+        states.read(self, state)
 
     def set_mode(self, mode: Mode) -> None:
         """`"sparse"`: `keep` channels of every bank. `"dense"`: all. Every layer follows."""
