@@ -109,12 +109,14 @@ def front(data: Data) -> Block:
         for r in data["rows"]
     ]  # fmt: skip
     series = []
-    for colour, name in enumerate(dict.fromkeys((r["kind"], r["allocation"]) for r in data["rows"])):
-        mine = [r for r in data["rows"] if (r["kind"], r["allocation"]) == name and r["gap"]["wikitext-2"] < 1.5]
+    uniform = [
+        r for r in data["rows"] if r["allocation"] == "uniform"
+    ]  # keeps by layer are in the table: too many lines
+    for colour, name in enumerate(dict.fromkeys(r["kind"] for r in uniform)):
+        mine = [r for r in uniform if r["kind"] == name and r["gap"]["wikitext-2"] < 1.5]
         points = sorted((r["bytes_7b"], r["gap"]["wikitext-2"]) for r in mine)
         if points:
-            label = name[0] if name[1] == "uniform" else f"{name[0]}, {name[1]}"
-            series.append(Series(name=label, colour=colour % 7, points=points, marked=True))
+            series.append(Series(name=name, colour=colour % 7, points=points, marked=True))
     axes = Axis(title="FFN bytes read, of dense, at 7B shapes"), Axis(title="loss above dense, nats (WikiText-2)")
     found = re.search(r'<svg class="chart wide".*?</svg>', line_chart("front", series, *axes), flags=re.S)
     if found is None:

@@ -85,9 +85,9 @@ def test_the_ruler_table_pairs_the_sparse_model_with_its_companion():
         cells = {m: [{"task": "ruler_vt", "length": 1024, "scores": [s, s]}] for m, s in modes.items()}
         return {"machine": MACHINE, "ruler": {m: {"cells": c} for m, c in cells.items()}}
 
-    table, _ = figures.ruler(evaluated(sparse=0.25), evaluated(dense=0.75))
-    assert "| 1024 | 75.0 | 25.0 | **-50.0** [-50.0, -50.0] |" in table
-    assert "2 documents of each task and length. By task, dense and sparse: vt 75.0, 25.0." in table
+    table, _ = figures.ruler(evaluated(sparse=0.25), evaluated(sparse=0.5), evaluated(dense=0.75))
+    assert "| 1024 | 75.0 | 25.0 | **-50.0** [-50.0, -50.0] | 50.0 | **-25.0** [-25.0, -25.0] |" in table
+    assert "2 documents of each task and length. By task, in this order: vt 75.0, 25.0, 50.0." in table
 
 
 def test_the_repair_table_names_layer_and_recovery():
