@@ -20,7 +20,7 @@ from fallow.method import Mode
 from fallow.report.charts import Axis, Series, line_chart
 
 RUNS = "runs/experiments/upcycle-cpt"
-BEST = f"{RUNS}/compensated"
+BEST = f"{RUNS}/quantized"
 RULER = "--tasks ruler --lengths 1024 2048 4096 --limit 6"
 RESULTS = "benchmarks/results"
 REPAIRS = ("upcycle-repair-s2",)

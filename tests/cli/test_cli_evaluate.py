@@ -61,6 +61,7 @@ def test_a_plain_model_is_made_sparse_on_the_spot(run, data, tmp_path, capsys) -
     assert main(["evaluate", *map(str, argv)]) == 0
     assert json.loads(capsys.readouterr().out)["modes"] == ["dense"]
     assert "is a dense model" in failure(capsys, *argv[:-1], "--mode", "both")
+    assert "--prompts needs an upcycled model" in failure(capsys, *argv[:-1], "--prompts", "dense")
 
 
 def test_bad_input_is_one_line_with_its_mend(run, data, tmp_path, capsys) -> None:
