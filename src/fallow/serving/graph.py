@@ -66,9 +66,9 @@ def _rewrite_linears(graph: fx.Graph, done: Rewritten) -> None:
             of_input.setdefault(x, []).append((node, w, b))
         else:
             done.linears_left += 1
-    for x, linears in of_input.items():
+    for linears in of_input.values():
         for group in _batches(linears, most=16):
-            _one_call(graph, x, group)
+            _one_call(graph, group)
             done.linears += len(group)
 
 
@@ -76,9 +76,10 @@ def _batches(items: list[Any], most: int) -> list[list[Any]]:
     return [items[i : i + most] for i in range(0, len(items), most)]
 
 
-def _one_call(graph: fx.Graph, x: fx.Node, linears: list[tuple[fx.Node, fx.Node, fx.Node | None]]) -> None:
-    """All linears of `linears`, whose input is x, as one node in the place of the first of them."""
+def _one_call(graph: fx.Graph, linears: list[tuple[fx.Node, fx.Node, fx.Node | None]]) -> None:
+    """All these linears, whose input is the same, as one node in the place of the first of them."""
     nodes = [node for node, _, _ in linears]
+    x = _arguments(nodes[0], ("input",))[0]  # as it is now: where it was a linear itself, what has replaced it
     weights, biases = [w for _, w, _ in linears], [b for _, _, b in linears]
     with graph.inserting_before(nodes[0]):
         y = graph.call_function(torch.ops.fallow.row_linear.default, (x, weights, biases))

@@ -11,6 +11,7 @@ from tests.tiny_models import tiny_batch, tiny_model
 import fallow
 from fallow.errors import CheckpointError, ConfigError
 from fallow.methods.upcycle.compensation import Compensation, Moments
+from fallow.serving import Decoder
 
 SMALL = {"bank": 16, "keep": 4, "group": 16}
 
@@ -80,6 +81,17 @@ def test_one_token_at_a_time_equals_the_whole():
             out = model(input_ids=ids[:, t : t + 1], past_key_values=past, use_cache=True)
             past, _ = out.past_key_values, steps.append(out.logits)
     torch.testing.assert_close(torch.cat(steps, 1), whole, rtol=1e-3, atol=1e-3 * float(whole.std()))
+
+
+def test_the_decoding_loop_compiles_two_linears_in_a_row():
+    model, handle = compensated(predictor="bilinear", rank=8)
+    handle.watch(tiny_batch(seed=3))
+    handle.set_mode("sparse")
+    model.eval()
+    ids, said = tiny_batch(tokens=8, batch=1)["input_ids"], []
+    found = Decoder(model, max_tokens=24, say=said.append).generate(ids[0], max_new_tokens=8, stop_tokens=())
+    eager = Decoder(model, max_tokens=24, compiled=False).generate(ids[0], max_new_tokens=8, stop_tokens=())
+    assert not said and found.tokens == eager.tokens
 
 
 def test_it_learns_at_the_rate_of_the_weights_even_where_predictors_do_not():
