@@ -26,11 +26,15 @@ RESULTS = "benchmarks/results"
 REPAIRS = ("upcycle-repair-s2",)
 COMMANDS = {
     "upcycle-bench": "fallow bench upcycle --json > benchmarks/results/upcycle-bench.json",
-    "upcycle-front": "python benchmarks/upcycle_front.py",
+    "upcycle-front": "python benchmarks/upcycle_front.py --tokens 8192",
     "upcycle-llamacpp": "python benchmarks/upcycle_llamacpp.py",
     "upcycle-cpt": "python benchmarks/upcycle_experiments.py main ablations, then … collate",
     "upcycle-front-trained": (
         f"python benchmarks/upcycle_front.py --model {BEST} --companion {RUNS}/dense --name front-trained"
+    ),
+    "upcycle-front-compensated": (
+        f"python benchmarks/upcycle_front.py --model {RUNS}/compensated --companion {RUNS}/dense"
+        " --name front-compensated"
     ),
     "upcycle-ruler": f"fallow evaluate {BEST} --mode sparse {RULER} --output {RESULTS}/upcycle-ruler.json",
     "upcycle-ruler-prompts": (
@@ -109,9 +113,7 @@ def front(data: Data) -> Block:
         for r in data["rows"]
     ]  # fmt: skip
     series = []
-    uniform = [
-        r for r in data["rows"] if r["allocation"] == "uniform"
-    ]  # keeps by layer are in the table: too many lines
+    uniform = [r for r in data["rows"] if r["allocation"] == "uniform"]  # the others are in the table
     for colour, name in enumerate(dict.fromkeys(r["kind"] for r in uniform)):
         mine = [r for r in uniform if r["kind"] == name and r["gap"]["wikitext-2"] < 1.5]
         points = sorted((r["bytes_7b"], r["gap"]["wikitext-2"]) for r in mine)
@@ -253,6 +255,7 @@ TABLES = [
     ("cpt", ("upcycle-cpt",), cpt),
     ("curves", ("upcycle-cpt",), curves),
     ("front-trained", ("upcycle-front-trained",), front),
+    ("front-compensated", ("upcycle-front-compensated",), front),
     ("ruler", ("upcycle-ruler", "upcycle-ruler-prompts", "upcycle-ruler-companion"), ruler),
     ("repair", REPAIRS, repair),
 ]

@@ -96,7 +96,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     gaps: dict[int, list[float]] = {}
 
     target = ROOT / "benchmarks" / "results" / f"upcycle-{options.name}.json"
-    about = {"experiment": f"upcycle-{options.name}", "command": "python benchmarks/upcycle_front.py"}
+    about = {
+        "experiment": f"upcycle-{options.name}",
+        "command": " ".join(["python benchmarks/upcycle_front.py", *(argv or sys.argv[1:])]),
+    }
     about |= {"machine": machine.describe(), "model": options.model, "tokens": options.tokens}
 
     def note(handle: Any, kind: str, allocation: str, kept: Sequence[int], keep: int) -> None:

@@ -108,7 +108,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         row["tokens_per_second"] = TOKENS / timing.median(name)
         row["over_f16"] = timing.ratio("llama.cpp f16", name)
         print(f"{name}: {row['tokens_per_second']:.1f} tokens/s, loss {row['loss']:.4f}", flush=True)
-    result = {"experiment": "upcycle-llamacpp", "command": "python benchmarks/upcycle_llamacpp.py", "rows": rows}
+    result: dict[str, Any] = {"experiment": "upcycle-llamacpp", "rows": rows}
+    result["command"] = " ".join(["python benchmarks/upcycle_llamacpp.py", *(argv or sys.argv[1:])])
     result |= {"machine": machine.describe(), "tokens": ids_NT.numel(), "rounds": options.rounds}
     (HERE / "results" / "upcycle-llamacpp.json").write_text(json.dumps(result, indent=1) + "\n")
     return 0

@@ -250,10 +250,10 @@ def _learning(shop: Workshop) -> Iterator[AdamW]:
     layer, model = shop.layer, shop.subject.model
     asked = [(p, p.requires_grad) for p in model.parameters()]
     sparse = layer.sparse
-    own = weights_of(layer)
-    groups: list[dict[str, Any]] = [{"params": own}]
-    if predictors := list(layer.predictor.parameters()):
-        groups.append({"params": predictors, "lr": layer.config.fit_lr})
+    own, stand_in = weights_of(layer), layer.predictor.compensation
+    groups: list[dict[str, Any]] = [{"params": own + (list(stand_in.parameters()) if stand_in else [])}]
+    if scoring := layer.predictor.scoring():
+        groups.append({"params": scoring, "lr": layer.config.fit_lr})
     try:
         model.requires_grad_(False)
         for p in own:

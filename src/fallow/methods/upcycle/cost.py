@@ -41,5 +41,5 @@ def bytes_read(
     else:
         pairs = 1 if config.predictor == "linear" else 2
         read = pairs * ((width + channels) * rank * FACTOR_BYTES + (rank + channels) * SCALE_BYTES)
-    stand_in = width * (2 * config.compensation + 1) * weight_bytes if config.compensation else 0
+    stand_in = width * (2 * config.compensation + 1) * max(2, weight_bytes) if config.compensation else 0
     return BytesRead(keep / config.bank, read / dense if config.selection == "predictor" else 0.0, stand_in / dense)
