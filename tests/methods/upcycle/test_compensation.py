@@ -6,19 +6,20 @@ import copy
 
 import pytest
 import torch
+from tests.evaluation.subjects import subject
+from tests.methods.upcycle.upcycled_models import upcycled
 from tests.tiny_models import tiny_batch, tiny_model
 
 import fallow
 from fallow.errors import CheckpointError, ConfigError
+from fallow.evaluation.repairs import Workshop, ways
+from fallow.evaluation.snapshot import Snapshot
 from fallow.methods.upcycle.compensation import Compensation, Moments
 from fallow.serving import Decoder
 
-SMALL = {"bank": 16, "keep": 4, "group": 16}
-
 
 def compensated(stand_in=8, **settings):
-    model = tiny_model("llama")
-    return model, fallow.sparsify(model, fallow.Upcycle(**(SMALL | {"compensation": stand_in} | settings)))
+    return upcycled(compensation=stand_in, **settings)
 
 
 def batches(count):
@@ -151,6 +152,24 @@ def test_state_and_export_carry_it(tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     with torch.no_grad():
         torch.testing.assert_close(loaded(input_ids=held).logits, wanted)
+
+
+@pytest.mark.parametrize("name", ["keep", "tilt", "refit", "lm"])
+def test_a_repair_fits_it_anew_and_a_refused_one_puts_it_back(name):
+    made = subject(layers=2, compensation=4)
+    layer = made.sparsity.layers[1]
+    windows_NT = torch.randint(2, 2000, (8, 64), generator=torch.Generator().manual_seed(1))
+    shop = Workshop(subject=made, place=1, windows_NT=windows_NT, steps=8, rows=64, lr=1e-3)
+    before, snapshot = {n: v.clone() for n, v in layer.predictor.state_dict().items()}, Snapshot(layer)
+    for repair in ways(layer, (name,), [8]):
+        repair.run(shop)
+    assert "predictor.compensation.u_DR" in snapshot.changes()
+    if name != "lm":
+        missing_TD = layer.missing(shop.x_TD)
+        left = float((layer.predictor.compensation(shop.x_TD) - missing_TD).detach().square().mean())
+        assert left < float(missing_TD.square().mean()), "it is a map for what is missing now"
+    snapshot.restore()
+    assert all(torch.equal(v, before[n]) for n, v in layer.predictor.state_dict().items())
 
 
 def test_bad_settings_are_said():
