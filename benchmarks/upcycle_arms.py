@@ -8,6 +8,7 @@ TAUGHT: dict[str, Any] = {"bank": 64, "keep": 16, "distill": 0.5}
 COMPANION = "runs/experiments/upcycle-cpt/dense/model"
 """The dense arm's result, which has to be there before an arm that it teaches."""
 COMPENSATED: dict[str, Any] = TAUGHT | {"distill": 0.7, "teacher": COMPANION, "compensation": 64, "anneal": 0.5}
+BOTH: dict[str, Any] = TAUGHT | {"distill": 1.0, "teacher": "self", "compensation": 64}
 FITTED: dict[str, Any] = {"fit_tokens": 262_144, "predictor_loss": 0.1}
 
 MAIN: dict[str, dict[str, Any] | None] = {
@@ -15,6 +16,7 @@ MAIN: dict[str, dict[str, Any] | None] = {
     "quantized": TAUGHT | {"predictor": "quantized"},
     "companion-taught": TAUGHT | {"predictor": "quantized", "distill": 0.7, "teacher": COMPANION},
     "compensated": COMPENSATED | {"predictor": "quantized"},
+    "both": BOTH | {"predictor": "quantized"},
     "random": TAUGHT | {"selection": "random"},
     "bilinear": TAUGHT | FITTED | {"predictor": "bilinear", "rank": 128},
     "linear": TAUGHT | FITTED | {"predictor": "linear", "rank": 64},

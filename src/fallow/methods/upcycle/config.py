@@ -79,8 +79,10 @@ class Upcycle:
     copy of it in memory and runs it forward at every step."""
 
     teacher: str | None = None
-    """A model of the same shape, by folder or hub name, from which `distill` measures the divergence instead (ours).
-    Where training goes on with new text, its dense companion knows that text and the model as it was does not."""
+    """From what `distill` measures the divergence instead (ours). A folder or hub name: a model of the same shape;
+    where training goes on with new text, its dense companion knows that text and the model as it was does not.
+    "self": the dense mode of the same weights, which learns from the text at the same time (in-place distillation, Yu
+    and Huang, arXiv 1903.05134); every step computes the batch in both modes, for twice the time, and both are kept."""
 
     hidden_loss: float = 0.0
     """Weight of the squared distance between the FFNs' outputs and the parent's, relative to its size (ours; needs

@@ -39,6 +39,7 @@ class GatedFFN:
     selection: who chooses.
     mode: "dense" or "sparse", what this layer computes where the method asks for sparse forwards.
     sparse: whether the method does; set by it.
+    paired: whether the first half of a forward's rows is to be computed dense and the second sparse; set by it.
     learning: whether forward notes what `loss` adds up; set by the method in training.
     annealed: what the compensation, fitted to the final `keep`, is multiplied by while more channels live.
     threshold: fp32, channels judged above it live where selection is "threshold".
@@ -50,6 +51,7 @@ class GatedFFN:
         self.bank, self.keep, self.selection = config.bank, keep, config.selection
         self.mode: Mode = "sparse"
         self.sparse = False
+        self.paired = False
         self.learning = False
         self.observer: Observer | None = None
         self.heard: Callable[[Tensor], None] | None = None
@@ -73,17 +75,25 @@ class GatedFFN:
             self.observer(self, x_TD)
         if not self.sparse or self.mode == "dense":
             y = self.view.dense(x)
+        elif self.paired:
+            with_all, with_few = x.chunk(2)
+            y = torch.cat([self.view.dense(with_all), self._few(with_few)])
         else:
-            self.to(x.device)
-            rows = self.view.rows()
-            if not self.predictor.started:
-                self.predictor.start(self.view.weights(), None)
-            may = self._may_decode(x_TD, rows)
-            y = self._decode(x, rows) if may else self._masked(x_TD, self.view.weights()).view(x.shape)
-            if (stand_in := self.predictor.compensation) is not None:
-                y = y + (stand_in(x) if self.annealed == 1.0 else self.annealed * stand_in(x))
+            y = self._few(x)
         if self.heard is not None:
             self.heard(y)
+        return y
+
+    def _few(self, x: Tensor) -> Tensor:
+        """The output by the living channels, and what stands in for the others."""
+        self.to(x.device)
+        x_TD, rows = x.reshape(-1, x.shape[-1]), self.view.rows()
+        if not self.predictor.started:
+            self.predictor.start(self.view.weights(), None)
+        may = self._may_decode(x_TD, rows)
+        y = self._decode(x, rows) if may else self._masked(x_TD, self.view.weights()).view(x.shape)
+        if (stand_in := self.predictor.compensation) is not None:
+            y = y + (stand_in(x) if self.annealed == 1.0 else self.annealed * stand_in(x))
         return y
 
     def _may_decode(self, x_TD: Tensor, rows: FFNRows) -> bool:

@@ -25,6 +25,7 @@ from fallow.methods.upcycle.config import Upcycle
 from fallow.methods.upcycle.fitting import Fitter, fit_compensation
 from fallow.methods.upcycle.layers import GatedFFN
 from fallow.methods.upcycle.looking import Look
+from fallow.methods.upcycle.pairing import halves, twice
 from fallow.methods.upcycle.parent import Parent, distance
 from fallow.ops.divergence import divergence
 from fallow.optim import AdamW, decay_groups
@@ -43,8 +44,12 @@ class UpcycleMethod(Method):
         self.keep = config.keep if isinstance(config.keep, tuple) else (config.keep,) * self.n_layers
         if len(self.keep) != self.n_layers:
             raise ConfigError(f"Upcycle: keep has {len(self.keep)} numbers, the model {self.n_layers} layers")
+        self.paired = bool(config.distill) and config.teacher == "self"
+        """Whether training computes every batch in both modes."""
         self.parent = (
-            Parent(model, with_outputs=config.hidden_loss > 0, teacher=config.teacher) if config.distill else None
+            Parent(model, with_outputs=config.hidden_loss > 0, teacher=config.teacher)
+            if config.distill and not self.paired
+            else None
         )
         self.layers: list[GatedFFN] = []
         try:
@@ -110,10 +115,13 @@ class UpcycleMethod(Method):
         for layer in self.layers:
             layer.to(self.model.device)
 
-    def _before_forward(self, _module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if self.watched.looking:
-            return
+    def _before_forward(self, _module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         training = self.model.training
+        paired = self.paired and training and not self.watched.looking and self.mode == "sparse"
+        for layer in self.layers:
+            layer.paired = paired
+        if self.watched.looking:
+            return None
         whole = self.prompts == "dense" and not training and _is_prompt(args, kwargs)
         for layer in self.layers:
             layer.sparse = self.mode == "sparse" and not whole
@@ -121,6 +129,7 @@ class UpcycleMethod(Method):
             layer.losses.clear()
             layer.heard = self._outputs.append if training and self.config.hidden_loss else None
         self._outputs.clear()
+        return twice(args, kwargs) if paired else None
 
     def _after_forward(self, _module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         """Add to the loss what Upcycle learns from besides the text."""
@@ -128,19 +137,32 @@ class UpcycleMethod(Method):
         if not self.model.training or loss is None or self.watched.looking or self.mode == "dense":
             return output
         given = kwargs | ({"input_ids": args[0]} if args else {})
-        share = self._share_of_batch(given)
-        if self.parent is not None:
-            theirs_NV = self.parent.logits(given).flatten(0, 1)
-            ours_NV = output.logits.flatten(0, 1)
-            kl = divergence(ours_NV, theirs_NV) / ours_NV.shape[0] * share
-            loss = (1 - self.config.distill) * loss + self.config.distill * kl
+        share, weight, ours, theirs = self._share_of_batch(given), self.config.distill, output.logits, None
+        if self.paired:
+            (theirs, ours), labels = halves(output.logits), halves(given["labels"])[0]
+            if weight < 1:
+                about = {"vocab_size": ours.shape[-1], "num_items_in_batch": given.get("num_items_in_batch")}
+                loss = loss + (1 - weight) * self.model.loss_function(ours, labels, **about)
+            output.logits = ours
+        elif self.parent is not None:
+            theirs, loss = self.parent.logits(given), (1 - weight) * loss
+        if theirs is not None:
+            ours_NV = ours.flatten(0, 1)
+            loss = loss + weight * share * divergence(ours_NV, theirs.flatten(0, 1)) / ours_NV.shape[0]
             if self.config.hidden_loss:
-                loss = loss + self.config.hidden_loss * share * distance(self._outputs, self.parent.outputs)
+                loss = loss + self.config.hidden_loss * share * distance(*self._outputs_of_both())
         own = [each for layer in self.layers for each in layer.losses]
         if own:
             loss = loss + self.config.predictor_loss * share * torch.stack(own).mean()
         output.loss = loss
         return output
+
+    def _outputs_of_both(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The FFNs' outputs: the sparse mode's, and its teacher's."""
+        if self.parent is not None:
+            return self._outputs, self.parent.outputs
+        both = [halves(y) for y in self._outputs]
+        return [sparse for _, sparse in both], [dense for dense, _ in both]
 
     @staticmethod
     def _share_of_batch(given: dict[str, Any]) -> Tensor | float:
