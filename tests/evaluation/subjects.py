@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from functools import cache
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 import torch
@@ -23,8 +24,8 @@ SETTINGS: dict[str, Any] = {"bank": 16, "keep": 4, "predictor": "bilinear", "ran
 
 @cache
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE of this project's own pages: about four characters a token, so that RULER fits short contexts."""
-    pages = [page.read_text() for page in sorted((Path(__file__).parents[2] / "docs").rglob("*.md"))]
+    """Byte-level BPE of Python's own reference: about four characters a token, so that RULER fits short contexts."""
+    pages = [topics[name] for name in sorted(topics)]
     pages += [
         "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\nVAR AB = VAR CD "
     ] * 50

@@ -14,7 +14,7 @@ from tests.evaluation.subjects import subject
 LAYERS = 4
 
 
-@pytest.fixture(scope="module", params=[("linear", 3), ("bilinear", 2), ("quantized", 1)], ids=lambda p: p[0])
+@pytest.fixture(scope="module", params=[("linear", 1), ("bilinear", 2), ("quantized", 1)], ids=lambda p: p[0])
 def sick(request):
     """A model with a fault in one layer, documents, and the layer, of which only the tests know."""
     kind, place = request.param
