@@ -26,11 +26,9 @@ def twice(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...
     Raises:
         ConfigError: an input that cannot be doubled without knowing what it is.
     """
-    given = dict(kwargs)
-    if args:
-        if len(args) > 1:
-            raise ConfigError("Upcycle: teacher='self' needs the model's inputs by name, such as input_ids=…")
-        given["input_ids"] = args[0]
+    if len(args) > 1:
+        raise ConfigError("Upcycle: teacher='self' needs the model's inputs by name, such as input_ids=…")
+    given = dict(zip(("input_ids",), args, strict=False)) | kwargs
     for name, value in given.items():
         if isinstance(value, Tensor) and name in _BY_ROW:
             again = torch.full_like(value, IGNORED) if name == "labels" else value
