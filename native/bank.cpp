@@ -3,7 +3,8 @@
 // (scores, the best of each bank, living rows into a y of the chunk's own), a barrier, and the sum of the y's. Chunks shrink towards the
 // end, so that threads finish together, and do not depend on the number of threads (up to 8), so neither do the bits of y.
 // A chunk's scores come before its rows: its part of the predictor is one stream through memory, and the addresses of all rows are
-// known ahead. Bound by memory: keep/bank of the FFN's bytes plus the predictor's. A dense GEMM per half and a mask read all of them.
+// known ahead. A compensation, y += U' (V' x) + b', goes along: V' x is among the first pieces of work, and U' z is computed by whoever
+// sums that part of y. Bound by memory: keep/bank of the FFN's bytes plus the predictor's. A dense GEMM per half and a mask read all of them.
 #include "arena.h"
 #include "bank.h"
 #include "team.h"
@@ -22,6 +23,9 @@ struct Call {
   const float* factor_scales[4];
   int64_t rank, groups, group;
   const float* tilt;
+  const void *stand_v, *stand_u;  // the compensation's [stand_rank, width] and [width, stand_rank] in the type of x, or null
+  const float* stand_bias;
+  int64_t stand_rank;
   float* scores;  // [tokens, channels], or null: where only scores are asked for (of any number of tokens), and not y
   int32_t x_bf16, type, act, kind, factor_type, bits, smooth, n_threads, level;
 };
@@ -62,6 +66,7 @@ struct Plan {
   int64_t unit, most_live, y_stride;
   std::vector<int64_t> starts;  // of chunks, in units, and the end of the last
   int halves;                   // factors of the predictor: 0, 1 or 2 pairs
+  int stand_type;
 
   Plan(const Call& c) : c(c), k(kernels(c.level)) {
     unit = c.bank;
@@ -77,12 +82,15 @@ struct Plan {
     most_live = std::max(least, most) * (unit / c.bank) * c.keep * c.tokens;
     y_stride = padded(c.width);
     halves = c.kind == kLinear ? 1 : c.kind == kBilinear ? 2 : 0;
+    stand_type = c.x_bf16 ? kBf16 : kFloat;
   }
   int64_t chunks() const { return int64_t(starts.size()) - 1; }
   Rows factor(int i) const {
     const int64_t width = i % 2 ? c.rank : c.width;
     return {c.factors[i], c.factor_scales[i], width, width, c.factor_type};
   }
+  Rows stand_v() const { return {c.stand_v, nullptr, c.width, c.width, stand_type}; }
+  Rows stand_u() const { return {c.stand_u, nullptr, c.stand_rank, c.stand_rank, stand_type}; }
   Codes codes() const {
     return {static_cast<const uint8_t*>(c.factors[0]), static_cast<const bf16*>(c.factors[1]), c.groups, c.group, c.bits};
   }
@@ -102,8 +110,8 @@ struct Worker {
   const Plan& p;
   const Call& c;
   const Kernels& k;
-  float *x, *scores, *second, *coefficient;
-  Inputs inputs, thin[2], z[2];
+  float *x, *scores, *second, *coefficient, *stood;
+  Inputs inputs, thin[2], z[2], stand, stand_z;
   CodedInputs coded;
   uint8_t* members;
   int32_t* keys;
@@ -113,7 +121,8 @@ struct Worker {
   explicit Worker(const Plan& p) : p(p), c(p.c), k(p.k) {
     Arena& arena = own_arena();
     const int64_t T = c.tokens, U = p.unit;
-    arena.reserve(inputs_bytes(c.width, T) * 3 + inputs_bytes(c.rank, T) * 2 + Arena::bytes<float>(T * U) * 2 + Arena::bytes<uint8_t>(U) +
+    arena.reserve(inputs_bytes(c.width, T) * 4 + inputs_bytes(c.rank, T) * 2 + inputs_bytes(c.stand_rank, T) +
+                  Arena::bytes<float>(T * p.y_stride) + Arena::bytes<float>(T * U) * 2 + Arena::bytes<uint8_t>(U) +
                   Arena::bytes<int32_t>(U + 16) + Arena::bytes<uint16_t>(U) + Arena::bytes<Live>(p.most_live) +
                   Arena::bytes<float>(p.most_live) + Arena::bytes<int8_t>(T * c.groups * c.group) +
                   Arena::bytes<float>(T * c.groups) * 2);
@@ -130,6 +139,15 @@ struct Worker {
       k.prepare(c.factor_type, x, c.width, T, thin[0]);
     }
     for (int i = 0; i < p.halves; ++i) z[i] = take_inputs(arena, c.factor_type, c.rank, T);
+    if (c.stand_v) {
+      stand = inputs;
+      if (c.type != p.stand_type) {
+        stand = take_inputs(arena, p.stand_type, c.width, T);
+        k.prepare(p.stand_type, x, c.width, T, stand);
+      }
+      stand_z = take_inputs(arena, p.stand_type, c.stand_rank, T);
+      stood = arena.take<float>(T * p.y_stride);
+    }
     if (c.kind == kQuantized) {
       coded = {arena.take<int8_t>(T * c.groups * c.group), arena.take<float>(T * c.groups), arena.take<float>(T * c.groups)};
       k.round(x, c.width, T, p.codes(), coded);
@@ -189,6 +207,20 @@ struct Worker {
     return count;
   }
 
+  // Entries [begin, end) of the compensation, [begin, begin + kPad * n) of the part of y that it is; z = V' x.
+  void compensate(const float* z, int64_t begin, int64_t end, float* y) {
+    const int64_t T = c.tokens, n = std::min(end, c.width) - begin;
+    if (n <= 0) return;
+    k.prepare(p.stand_type, z, c.stand_rank, T, stand_z);
+    k.dots(p.stand_u(), begin, n, stand_z, T, stood, n);
+    for (int64_t t = 0; t < T; ++t) {
+      float* row = stood + t * n;
+      for (int64_t i = 0; i < n; ++i) row[i] += c.stand_bias[begin + i];
+      // y of int8 rows is in natural order, else in that of the inputs
+      k.prepare(c.type == kInt8 ? int(kFloat) : c.type, row, n, 1, {y + t * p.y_stride + begin, nullptr, end - begin, 0});
+    }
+  }
+
   void chunk(int64_t number, float* y) {
     int64_t count = 0;
     for (int64_t u = p.starts[number]; u < p.starts[number + 1]; ++u) {
@@ -211,21 +243,25 @@ struct Worker {
 
 void run(const Call& c) {
   const Plan p(c);
-  const int64_t T = c.tokens, part = c.scores ? 0 : T * p.y_stride;
+  const int64_t T = c.tokens, part = c.scores ? 0 : T * p.y_stride, parts_count = p.chunks() + (c.stand_v ? 1 : 0);
   Arena& arena = shared_arena();
-  arena.reserve(Arena::bytes<float>(2 * T * c.rank) + Arena::bytes<float>(p.chunks() * part));
-  float *z = arena.take<float>(2 * T * c.rank), *parts = arena.take<float>(p.chunks() * part);
+  arena.reserve(Arena::bytes<float>(2 * T * c.rank) + Arena::bytes<float>(T * c.stand_rank) + Arena::bytes<float>(parts_count * part));
+  float *z = arena.take<float>(2 * T * c.rank), *stand_z = arena.take<float>(T * c.stand_rank);
+  float *parts = arena.take<float>(parts_count * part), *stood = parts + p.chunks() * part;
   std::atomic<int64_t> next_rows{0}, next_chunk{0};
   with_team(c.n_threads, [&](Team& team, int thread) {
     Worker w(p);
+    constexpr int64_t kRows = 16;
+    const int64_t pieces = ceil_div(c.rank, kRows), before = pieces * p.halves, all = before + ceil_div(c.stand_rank, kRows);
+    for (int64_t i; (i = next_rows++) < all;) {
+      const bool stands = i >= before;
+      const int half = stands ? 0 : int(i / pieces);
+      const int64_t rank = stands ? c.stand_rank : c.rank;
+      const int64_t first = (stands ? i - before : i % pieces) * kRows, n = std::min(kRows, rank - first);
+      float* to = stands ? stand_z : z + half * T * c.rank;
+      p.k.dots(stands ? p.stand_v() : p.factor(2 * half), first, n, stands ? w.stand : w.thin[0], T, to + first, rank);
+    }
     if (p.halves) {
-      constexpr int64_t kRows = 16;
-      const int64_t pieces = ceil_div(c.rank, kRows);
-      for (int64_t i; (i = next_rows++) < pieces * p.halves;) {
-        const int half = int(i / pieces);
-        const int64_t first = i % pieces * kRows, n = std::min(kRows, c.rank - first);
-        p.k.dots(p.factor(2 * half), first, n, w.thin[0], T, z + half * T * c.rank + first, c.rank);
-      }
       team.wait();
       for (int i = 0; i < p.halves; ++i) p.k.prepare(c.factor_type, z + i * T * c.rank, c.rank, T, w.z[i]);
     }
@@ -233,9 +269,10 @@ void run(const Call& c) {
     if (c.scores) return;
     team.wait();
     const int64_t blocks = p.y_stride / kPad, begin = thread * blocks / team.size * kPad, end = (thread + 1) * blocks / team.size * kPad;
+    if (c.stand_v) w.compensate(stand_z, begin, end, stood);
     const int64_t bytes = c.x_bf16 ? 2 : 4;
     for (int64_t t = 0; t < T && begin < end; ++t)
-      p.k.collect(c.type, parts + t * p.y_stride, p.chunks(), part, c.width, begin, end, static_cast<char*>(c.y) + t * c.width * bytes, c.x_bf16);
+      p.k.collect(c.type, parts + t * p.y_stride, parts_count, part, c.width, begin, end, static_cast<char*>(c.y) + t * c.width * bytes, c.x_bf16);
   });
 }
 

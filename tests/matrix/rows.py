@@ -277,3 +277,16 @@ ROWS = (
         gated_only=True,
     ),
 )
+BEYOND = (
+    Row(
+        "upcycle-self",
+        lambda: Upcycle(bank=16, keep=4, group=32, compensation=4, distill=1.0, teacher="self"),
+        lambda: Upcycle(bank=16, keep=16, group=32, compensation=4, distill=1.0, teacher="self"),
+        upcycle_reference,
+        exact_zero=False,
+        per_token=True,
+        gated_only=True,
+    ),
+)
+"""Settings whose training loss no masked stock model has: tests that compare with none run on them too."""
+EVERY = (*ROWS, *BEYOND)

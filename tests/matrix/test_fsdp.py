@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.matrix.rows import ROWS
+from tests.matrix.rows import EVERY
 from tests.ranks import run_ranks
 from tests.tiny_models import tiny_model
 
@@ -28,7 +28,7 @@ def train(index, model, handle, optimizer, rows: slice) -> list[list[torch.Tenso
         optimizer.step()
         optimizer.zero_grad()
         handle.after_step(step, STEPS)
-        chosen.append(ROWS[index].choice(handle))
+        chosen.append(EVERY[index].choice(handle))
     return chosen
 
 
@@ -51,16 +51,16 @@ def worker(rank: int, index: int, lazy: bool, out: str) -> None:
 def config_of(index: int, lazy: bool):
     from dataclasses import replace
 
-    config = ROWS[index].config()
+    config = EVERY[index].config()
     return replace(config, lazy=lazy) if hasattr(config, "lazy") else config
 
 
 @pytest.mark.parametrize("lazy", [False, True], ids=["adamw", "lazy"])
-@pytest.mark.parametrize("index", range(len(ROWS)), ids=[r.name for r in ROWS])
+@pytest.mark.parametrize("index", range(len(EVERY)), ids=[r.name for r in EVERY])
 def test_two_ranks_equal_one(index, lazy, tmp_path):
     import fallow
 
-    if lazy and not hasattr(ROWS[index].config(), "lazy"):
+    if lazy and not hasattr(EVERY[index].config(), "lazy"):
         pytest.skip("the method has no lazy state")
     run_ranks(worker, index, lazy, str(tmp_path), folder=tmp_path)
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import fallow
 from fallow.errors import CheckpointError, ConfigError, UnsupportedModelError
-from tests.matrix.rows import ROWS
+from tests.matrix.rows import EVERY, ROWS
 from tests.tiny_models import FAMILIES, tiny_model
 
 
@@ -140,7 +140,7 @@ def test_evaluation_is_dense_and_mode_switches(row):
         handle.set_mode("half")
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda r: r.name)
+@pytest.mark.parametrize("row", EVERY, ids=lambda r: r.name)
 def test_resume_is_bit_exact(row):
     def steps(model, handle, optimizer, first, last):
         for step in range(first, last):
@@ -176,7 +176,7 @@ def test_state_of_another_model_is_refused(row):
         handle.load_state_dict(state)
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda r: r.name)
+@pytest.mark.parametrize("row", EVERY, ids=lambda r: r.name)
 def test_gradient_checkpointing_replays_the_same_selection(row):
     plain, handle = sparse_model(row, "llama")
     checked, handle2 = sparse_model(row, "llama")
@@ -188,7 +188,7 @@ def test_gradient_checkpointing_replays_the_same_selection(row):
     assert all(torch.allclose(want[n], got[n], rtol=1e-5, atol=1e-7) for n in want)
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda r: r.name)
+@pytest.mark.parametrize("row", EVERY, ids=lambda r: r.name)
 def test_accumulation_keeps_one_selection_for_the_step(row):
     model, handle = sparse_model(row, "llama")
     handle.before_step(0, 10)
@@ -207,7 +207,7 @@ def test_accumulation_keeps_one_selection_for_the_step(row):
         assert torch.count_nonzero(gradient[omitted]) == 0
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda r: r.name)
+@pytest.mark.parametrize("row", EVERY, ids=lambda r: r.name)
 def test_torch_compile_runs_and_agrees(row):
     torch._dynamo.reset()
     eager, handle = sparse_model(row, "llama")

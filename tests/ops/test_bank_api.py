@@ -111,7 +111,7 @@ def test_compiles_without_a_break(kind, dtype):
 @native
 def test_registration_is_sound():
     x, p, weights = make(2, 32, 128)
-    arguments = (x, p.kind, list(p.tensors), p.tilt_F, p.gate, weights, "silu", 64, 16, "cpu")
+    arguments = (x, p.kind, list(p.tensors), p.tilt_F, p.gate, [], weights, "silu", 64, 16, "cpu")
     torch.library.opcheck(op.op.forward, arguments, test_utils=("test_schema", "test_faketensor"))
 
 

@@ -172,8 +172,8 @@ def bytes_read(model: PreTrainedModel, handle: Any | None = None) -> int:
     first = handle.layers[0]
     predictor = first.predictor.packed(first.view.weights())
     own = sum(t.nbytes for t in (*predictor.tensors, predictor.tilt_F) if t is not None)
-    if first.predictor.compensation is not None:  # served in the model's dtype
-        own += sum(p.numel() for p in first.predictor.compensation.parameters()) * model.dtype.itemsize
+    if first.predictor.compensation is not None:
+        own += sum(t.nbytes for t in first.predictor.compensation.packed(model.dtype, 1.0))
     return total + len(handle.layers) * own
 
 

@@ -43,6 +43,11 @@ class Compensation(nn.Module):
             self._served = self.v_RD.to(dtype), self.u_DR.to(dtype), self.bias_D.to(dtype)
         return self._served
 
+    @torch.no_grad()
+    def packed(self, dtype: torch.dtype, share: float) -> tuple[Tensor, Tensor, Tensor]:
+        """As the op `bank_ffn` takes it, times `share`."""
+        return self.v_RD.to(dtype), (self.u_DR * share).to(dtype), self.bias_D * share
+
     def stale(self) -> None:
         """The parameters have changed, or will."""
         self._served = None

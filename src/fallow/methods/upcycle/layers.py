@@ -90,8 +90,9 @@ class GatedFFN:
         x_TD, rows = x.reshape(-1, x.shape[-1]), self.view.rows()
         if not self.predictor.started:
             self.predictor.start(self.view.weights(), None)
-        may = self._may_decode(x_TD, rows)
-        y = self._decode(x, rows) if may else self._masked(x_TD, self.view.weights()).view(x.shape)
+        if self._may_decode(x_TD, rows):
+            return self._decode(x, rows)
+        y = self._masked(x_TD, self.view.weights()).view(x.shape)
         if (stand_in := self.predictor.compensation) is not None:
             y = y + (stand_in(x) if self.annealed == 1.0 else self.annealed * stand_in(x))
         return y
@@ -112,6 +113,8 @@ class GatedFFN:
                 self._lay_out()
                 rows = self.view.rows()
             self._serving = self.predictor.packed(self.view.weights())
+            if (stand_in := self.predictor.compensation) is not None:
+                self._serving = self._serving._replace(compensation=stand_in.packed(x.dtype, self.annealed))
         assert rows.w_gate_FD is not None
         weights = (rows.w_gate_FD, rows.w_up_FD, rows.w_down_FD)
         y = bank_ffn.bank_ffn(x, self._serving, *weights, act=self.view.act, bank=self.bank, keep=self.keep)

@@ -1,7 +1,7 @@
 """`bank_ffn`: a gated FFN of which each token computes the channels that a predictor keeps in every bank.
 
     s = predictor(x);  live = the `keep` largest s of every `bank` consecutive channels
-    y = (live ∘ gate(s) ∘ act(x W_gateᵀ) ∘ (x W_upᵀ)) W_downᵀ
+    y = (live ∘ gate(s) ∘ act(x W_gateᵀ) ∘ (x W_upᵀ)) W_downᵀ  (+ U V x + b, where there is a compensation)
 
 For decoding, which reads weights and does little else: of W_gate, W_up and W_down only the rows of living channels are
 read, so W_down must lie in memory channel by channel. Source: arXiv 2606.10722, whose code computed the dense gate and

@@ -13,6 +13,7 @@ def bytes_read(predictor: Predictor, w_up_FD: Weight, *, bank: int, keep: int, t
     """Bytes of weights and predictor that a call of `tokens` independent tokens reads, on average."""
     rows = 1 - (1 - keep / bank) ** tokens
     own = 0 if predictor.kind == "scores" else sum(t.nbytes for t in predictor.tensors)
+    own += sum(t.nbytes for t in predictor.compensation or ())
     return rows * dense_bytes(w_up_FD) + own
 
 

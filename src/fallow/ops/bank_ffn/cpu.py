@@ -162,7 +162,7 @@ def _call(
     if T == 0:
         return
     x_TD = x_TD.contiguous()
-    kind, tensors, tilt_F, gate = predictor
+    kind, tensors, tilt_F, gate, compensation = predictor
     row_scales = _NONE
     if isinstance(weights[1], Int8Rows):
         row_scales = [w.scale_F.data_ptr() for w in weights]  # type: ignore[union-attr]
@@ -170,6 +170,10 @@ def _call(
     codes = [t if t.stride(1) == 1 else t.contiguous() for t in map(tensor_of, weights)]
     held = [t if t.is_contiguous() else t.contiguous() for t in tensors]
     tilt = None if tilt_F is None else tilt_F.float().contiguous()
+    stand_in: list[Tensor] = []
+    if compensation is not None and y_TD is not None:
+        dtypes = (x_TD.dtype, x_TD.dtype, torch.float32)
+        stand_in = [t.to(dtype).contiguous() for t, dtype in zip(compensation, dtypes, strict=True)]
     rank = groups = group = bits = factor_type = 0
     scales: list[int] = []
     if kind == "quantized":
@@ -199,6 +203,8 @@ def _call(
         groups,
         group,
         None if tilt is None else tilt.data_ptr(),
+        *([t.data_ptr() for t in stand_in] or _NONE),
+        stand_in[0].shape[0] if stand_in else 0,
         None if scores_TF is None else scores_TF.data_ptr(),
         x_TD.dtype == torch.bfloat16,
         _TYPES[codes[1].dtype],

@@ -40,4 +40,4 @@ def bank_ffn(
     live_TF = naive.coefficient(scores_TF, predictor, cpu.bank_mask(scores_TF, bank=bank, keep=keep))
     w_gate_FD, w_up_FD, w_down_FD = (naive.dense(w, x_TD.dtype) for w in (w_gate_FD, w_up_FD, w_down_FD))
     h_TF = activation(F.linear(x_TD, w_gate_FD), act).mul_(F.linear(x_TD, w_up_FD)).mul_(live_TF)
-    return h_TF @ w_down_FD
+    return naive.compensated(h_TF @ w_down_FD, x_TD, predictor)

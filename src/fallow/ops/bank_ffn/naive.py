@@ -39,7 +39,7 @@ def bank_mask(scores_TF: Tensor, *, bank: int, keep: int) -> Tensor:
 
 def scores(x_TD: Tensor, predictor: Predictor, act: str) -> Tensor:
     """As `fallow.ops.bank_ffn.scores`."""
-    kind, tensors, tilt_F, _ = predictor
+    kind, tensors, tilt_F = predictor[:3]
     exact = torch.promote_types(x_TD.dtype, torch.float32)
     if kind == "scores":
         s_TF = tensors[0].to(exact)
@@ -97,4 +97,12 @@ def bank_ffn(
     scores_TF = scores(x_TD, predictor, act)[:, : w_up_FD.shape[0]]
     live_TF = coefficient(scores_TF, predictor, bank_mask(scores_TF, bank=bank, keep=keep))
     h_TF = activation(F.linear(x_TD, w_gate_FD), act) * F.linear(x_TD, w_up_FD)
-    return (h_TF * live_TF.to(h_TF.dtype)) @ w_down_FD
+    return compensated((h_TF * live_TF.to(h_TF.dtype)) @ w_down_FD, x_TD, predictor)
+
+
+def compensated(y_TD: Tensor, x_TD: Tensor, predictor: Predictor) -> Tensor:
+    """y, and what stands in for dead channels if something does."""
+    if predictor.compensation is None:
+        return y_TD
+    v_RD, u_DR, b_D = (t.to(x_TD.dtype) for t in predictor.compensation)
+    return y_TD + F.linear(F.linear(x_TD, v_RD), u_DR, b_D)

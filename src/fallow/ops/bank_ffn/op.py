@@ -14,8 +14,8 @@ from fallow.ops.bank_ffn.select import Int8Rows, Predictor, Weight
 
 _library = torch.library.Library("fallow", "FRAGMENT")
 _library.define(
-    "bank_ffn(Tensor x, str kind, Tensor[] tensors, Tensor? tilt, str gate, Tensor[] weights, str act, int bank,"
-    " int keep, str? backend) -> Tensor",
+    "bank_ffn(Tensor x, str kind, Tensor[] tensors, Tensor? tilt, str gate, Tensor[] compensation, Tensor[] weights,"
+    " str act, int bank, int keep, str? backend) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -26,6 +26,7 @@ def _forward(
     tensors: list[Tensor],
     tilt: Tensor | None,
     gate: str,
+    compensation: list[Tensor],
     weights: list[Tensor],
     act: str,
     bank: int,
@@ -36,11 +37,11 @@ def _forward(
     from fallow.ops import bank_ffn as op
 
     given = [Int8Rows(*weights[i : i + 2]) for i in (0, 2, 4)] if len(weights) == 6 else weights
-    predictor = Predictor(kind, tuple(tensors), tilt, gate)  # type: ignore[arg-type]
+    predictor = Predictor(kind, tuple(tensors), tilt, gate, tuple(compensation) or None)  # type: ignore[arg-type]
     return op.run(x, predictor, *given, act=act, bank=bank, keep=keep, backend=backend)
 
 
-def _fake(x, kind, tensors, tilt, gate, weights, act, bank, keep, backend):
+def _fake(x, kind, tensors, tilt, gate, compensation, weights, act, bank, keep, backend):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
@@ -54,4 +55,5 @@ def traced(
 ) -> Tensor:
     """The op as a node of the graph that is being traced."""
     flat = [t for w in weights for t in (w if isinstance(w, Int8Rows) else (w,))]
-    return forward(x, p.kind, list(p.tensors), p.tilt_F, p.gate, flat, act, bank, keep, backend)
+    stand_in = list(p.compensation or ())
+    return forward(x, p.kind, list(p.tensors), p.tilt_F, p.gate, stand_in, flat, act, bank, keep, backend)

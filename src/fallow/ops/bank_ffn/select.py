@@ -36,12 +36,15 @@ class Predictor(NamedTuple):
         "scores": (scores_TF,), fp32.
     tilt_F: fp32 [F] or None; added to logits (linear, scores), multiplied with magnitudes (bilinear, quantized).
     gate: what survivors are multiplied by: "one", or "smooth", 2·sigmoid(s), which needs logits.
+    compensation: (V_RD, U_DR, b_D) in the dtype of x, b fp32, or None: `U (V x) + b` is added to y, in place of what
+        the dead channels would have added. (Ours; arXiv 2606.10722 adds nothing.)
     """
 
     kind: Kind
     tensors: tuple[Tensor, ...]
     tilt_F: Tensor | None = None
     gate: Gate = "one"
+    compensation: tuple[Tensor, Tensor, Tensor] | None = None
 
 
 class Int8Rows(NamedTuple):
@@ -91,6 +94,13 @@ def check_predictor(p: Predictor, tokens: int, width: int, channels: int) -> Non
             f"bank_ffn: {p.kind} predictor of shapes {', '.join(map(str, found))} does not fit width {width} and"
             f" {channels} channels; make it from this layer's weights"
         )
+    if p.compensation is not None:
+        v, u, b = p.compensation
+        if (v.shape[1:], tuple(u.shape), tuple(b.shape)) != ((width,), (width, v.shape[0]), (width,)):
+            raise ConfigError(
+                f"bank_ffn: compensation of shapes {list(v.shape)}, {list(u.shape)}, {list(b.shape)} does not fit width"
+                f" {width}; needed are [R, {width}], [{width}, R] and [{width}]"
+            )
     if p.tilt_F is not None and tuple(p.tilt_F.shape) != (channels,):
         raise ConfigError(f"bank_ffn: tilt is {list(p.tilt_F.shape)}; {channels} channels need [{channels}]")
 

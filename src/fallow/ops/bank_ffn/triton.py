@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fallow.ops.bank_ffn import naive
 from fallow.ops.bank_ffn.select import Int8Rows, Predictor, Weight, tensor_of
 from fallow.ops.gpu import available, interpreted, runs_on
 
@@ -101,7 +102,7 @@ def bank_ffn(
         with torch.cuda.device_of(x_TD):
             chosen = choose(x_TD, predictor, tensor_of(w_up_FD).shape[0], act=act, bank=bank, keep=keep)
             _living_rows(x_TD, chosen, (w_gate_FD, w_up_FD, w_down_FD), act, y_TD)
-    return y_TD
+    return naive.compensated(y_TD, x_TD, predictor)
 
 
 def choose(x_TD: Tensor, predictor: Predictor, channels: int, *, act: str, bank: int, keep: int) -> Chosen:
@@ -109,7 +110,7 @@ def choose(x_TD: Tensor, predictor: Predictor, channels: int, *, act: str, bank:
     from fallow.ops.bank_ffn import triton_select as kernels
 
     (T, D), F = x_TD.shape, channels
-    kind, tensors, tilt_F, gate = predictor
+    kind, tensors, tilt_F, gate = predictor[:4]
     banks, slots, BB = F // bank, min(bank, T * keep), _power_of_2(bank)
     chosen = Chosen(
         _empty(x_TD, T, F, dtype=torch.float32),
