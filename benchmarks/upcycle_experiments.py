@@ -135,9 +135,12 @@ def judge(folder: Path, recipe: Recipe) -> dict[str, dict[str, float]]:
 
 
 def collate() -> None:
-    """All judged arms in one file, and the curves of those that are not finished."""
+    """All judged arms in one file, and the curves of those that are not finished. Arms whose folders are not here keep
+    what the file has of them."""
     recipe = recipe_of("dense", None)
-    runs, unfinished = [], {}
+    before = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+    runs: dict[str, dict[str, Any]] = {r["arm"]: r for r in before.get("runs", [])}
+    unfinished: dict[str, list[dict[str, Any]]] = before.get("unfinished", {})
     for metrics in sorted(folder_of(recipe, "dense").path.parent.glob("*/metrics.jsonl")):
         curve = [
             {k: line[k] for k in ("step", "loss", "sparse_loss") if k in line}
@@ -151,9 +154,11 @@ def collate() -> None:
         record: dict[str, Any] = RunFolder(metrics.parent).read() or {}
         kept = {k: record[k] for k in ("arm", "method", "precision", "totals", "eval", "versions")}
         looks = record.get("insight", {}).get("looks", [])
-        runs.append(kept | json.loads(judged.read_text()) | {"curve": curve, "looks": looks})
+        runs[metrics.parent.name] = kept | json.loads(judged.read_text()) | {"curve": curve, "looks": looks}
+        unfinished.pop(metrics.parent.name, None)
     result = {"experiment": "upcycle-cpt", "command": "python benchmarks/upcycle_experiments.py main ablations"}
-    result |= {"recipe": dataclasses.asdict(recipe), "runs": runs, "unfinished": unfinished}
+    in_order = [runs[arm] for arm in sorted(runs)]
+    result |= {"recipe": dataclasses.asdict(recipe), "runs": in_order, "unfinished": unfinished}
     RESULT.write_text(json.dumps(result, indent=1) + "\n")
     print(f"wrote {RESULT.relative_to(ROOT)}: {len(runs)} runs, {len(unfinished)} unfinished")
 

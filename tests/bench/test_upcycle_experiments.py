@@ -46,6 +46,24 @@ def test_arithmetic_is_written_as_documents(tmp_path, monkeypatch):
     assert text.split("\n\n")[2] == "Question: 2+2?\nAnswer: 4"
 
 
+def test_collating_keeps_arms_whose_folders_are_elsewhere(tmp_path, monkeypatch):
+    result = tmp_path / "result.json"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(experiments, "ROOT", tmp_path)
+    monkeypatch.setattr(experiments, "RESULT", result)
+    result.write_text(json.dumps({"runs": [{"arm": "dense", "losses": 1}], "unfinished": {"both": [], "random": [5]}}))
+    here = tmp_path / "runs/experiments/upcycle-cpt/both"
+    here.mkdir(parents=True)
+    (here / "metrics.jsonl").write_text('{"kind": "eval", "step": 4, "loss": 2.0}\n{"kind": "train", "step": 4}\n')
+    (here / "judged.json").write_text(json.dumps({"losses": {"text": {"dense": 2.0}}, "machine": MACHINE}))
+    record = dict.fromkeys(("method", "precision", "totals", "eval", "versions"), 1) | {"arm": "both"}
+    (here / "run.json").write_text(json.dumps(record))
+    experiments.collate()
+    found = json.loads(result.read_text())
+    assert [r["arm"] for r in found["runs"]] == ["both", "dense"] and found["unfinished"] == {"random": [5]}
+    assert found["runs"][0]["curve"] == [{"step": 4, "loss": 2.0}] and found["runs"][1]["losses"] == 1
+
+
 def _row(kind: str, keep: int, gap: float) -> dict:
     read = keep / 64
     return {
