@@ -26,6 +26,9 @@ RESULTS = "benchmarks/results"
 REPAIRS = ("upcycle-repair-s2",)
 COMMANDS = {
     "upcycle-bench": "fallow bench upcycle --json > benchmarks/results/upcycle-bench.json",
+    "upcycle-bench-no-amx": (
+        "fallow bench upcycle --case ffn-7b --case e2e-135m --json > benchmarks/results/upcycle-bench-no-amx.json"
+    ),
     "upcycle-front": "python benchmarks/upcycle_front.py --tokens 8192",
     "upcycle-llamacpp": "python benchmarks/upcycle_llamacpp.py",
     "upcycle-cpt": "python benchmarks/upcycle_experiments.py main ablations, then … collate",
@@ -249,6 +252,8 @@ TABLES = [
     ("ffn", ("upcycle-bench",), ffn),
     ("batches", ("upcycle-bench",), batches),
     ("decode", ("upcycle-bench",), decode),
+    ("ffn-no-amx", ("upcycle-bench-no-amx",), ffn),
+    ("decode-no-amx", ("upcycle-bench-no-amx",), decode),
     ("front", ("upcycle-front",), front),
     ("recalls", ("upcycle-front",), recalls),
     ("llamacpp", ("upcycle-llamacpp",), llamacpp),

@@ -37,6 +37,7 @@ PREDICTORS: dict[str, tuple[Upcycle, ...]] = {
     "e2e-135m": (
         Upcycle(bank=BANK, keep=KEEP, predictor="linear", rank=64),
         Upcycle(bank=BANK, keep=KEEP, predictor="quantized"),
+        Upcycle(bank=BANK, keep=KEEP, predictor="quantized", compensation=64),
     ),
 }
 PROMPT, PLACES = 16, 128
@@ -103,6 +104,7 @@ def _row(case: str, model: PreTrainedModel, config: Upcycle, *, rounds: int) -> 
     dense_bytes, sparse_bytes = bytes_read(model), bytes_read(model, handle)
     per_token = {name: 1e3 * timing.median(name) / tokens for name in forms}
     ratio, ideal = timing.ratio(dense, best), dense_bytes / sparse_bytes
+    kind = f"{config.predictor} + {config.compensation}" if config.compensation else config.predictor
     row = {
         "case": case,
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -113,7 +115,8 @@ def _row(case: str, model: PreTrainedModel, config: Upcycle, *, rounds: int) -> 
         "bank": BANK,
         "keep": KEEP,
         "share": KEEP / BANK,
-        "form": f"{config.predictor}, keep {KEEP} of {BANK}",
+        "compensation": config.compensation,
+        "form": f"{kind}, keep {KEEP} of {BANK}",
         "context": PROMPT + 1 + tokens,
         "dense_ms": per_token[dense],
         "sparse_ms": per_token[best],
