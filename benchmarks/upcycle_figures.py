@@ -27,7 +27,7 @@ REPAIRS = ("upcycle-repair-s2",)
 COMMANDS = {
     "upcycle-bench": "fallow bench upcycle --json > benchmarks/results/upcycle-bench.json",
     "upcycle-bench-no-amx": (
-        "fallow bench upcycle --case ffn-7b --case e2e-135m --json > benchmarks/results/upcycle-bench-no-amx.json"
+        "fallow bench upcycle --case e2e-135m --json > benchmarks/results/upcycle-bench-no-amx.json"
     ),
     "upcycle-front": "python benchmarks/upcycle_front.py --tokens 8192",
     "upcycle-llamacpp": "python benchmarks/upcycle_llamacpp.py",
@@ -252,7 +252,6 @@ TABLES = [
     ("ffn", ("upcycle-bench",), ffn),
     ("batches", ("upcycle-bench",), batches),
     ("decode", ("upcycle-bench",), decode),
-    ("ffn-no-amx", ("upcycle-bench-no-amx",), ffn),
     ("decode-no-amx", ("upcycle-bench-no-amx",), decode),
     ("front", ("upcycle-front",), front),
     ("recalls", ("upcycle-front",), recalls),
