@@ -15,11 +15,11 @@ from fallow.methods.ssd import switching
 
 TOTAL = 20
 SETTINGS: dict[str, Any] = SWITCHING | {"active": 2, "experts": 16}
-# eps 1e-4: Adam turns a gradient of 1e-9, which is rounding noise, into a step of the full learning rate otherwise.
+# eps 1e-3: Adam turns a gradient of rounding noise into a step that counts otherwise, and noise differs by CPU.
 
 
 def train(model: Any, handle: Any, rows: slice) -> tuple[list[float], list[Any]]:
-    optimizer = handle.optimizer(lr=1e-2, eps=1e-4, weight_decay=0.1)
+    optimizer = handle.optimizer(lr=1e-2, eps=1e-3, weight_decay=0.1)
     losses, gradients = [], []
     for step in range(TOTAL):
         handle.before_step(step, TOTAL)
@@ -108,8 +108,8 @@ def test_two_ranks_equal_one(wrapped: str, family: str, folder: Path) -> None:
     assert one["phases"] == alone["phases"]
     assert all(torch.equal(a, b) for a, b in zip(one["ids"], alone["ids"], strict=True))
     torch.testing.assert_close(torch.tensor(one["losses"]), torch.tensor(alone["losses"]), rtol=1e-5, atol=0)
-    for name, weight in alone["weights"].items():  # by norm: a weight near a kink may step apart on some CPUs
-        assert (one["weights"][name] - weight).norm() <= 1e-3 * weight.norm(), name
+    for name, weight in alone["weights"].items():
+        torch.testing.assert_close(one["weights"][name], weight, rtol=1e-4, atol=1e-5)
     for a, b in zip(one["routers"], alone["routers"], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
     steps = [n for n, (g, _) in enumerate(alone["router_gradients"]) if g is not None]
