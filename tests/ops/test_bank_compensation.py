@@ -81,6 +81,13 @@ def test_it_survives_a_compiled_graph_and_counts_its_bytes():
     assert read[1] - read[0] == 4 * (2 * 48 * 8 + 48)
 
 
+def test_it_has_no_gradients():
+    x, p, weights = make(1, 48, 128, kind="linear", dtype=torch.float32)
+    learning = tuple(t.requires_grad_() for t in stand_in(48, 8, torch.float32))
+    with pytest.raises(ConfigError, match="no gradients"):
+        op.bank_ffn(x, p._replace(compensation=learning), *weights, act="silu", bank=32, keep=8)
+
+
 @pytest.mark.parametrize("shape", [((8, 47), (48, 8), (48,)), ((8, 48), (48, 7), (48,)), ((8, 48), (48, 8), (47,))])
 def test_shapes_that_do_not_fit_are_named(shape):
     x, p, weights = make(1, 48, 128, kind="linear", dtype=torch.float32)

@@ -110,7 +110,7 @@ def assert_equals_naive(
     dense = [naive.dense(w, torch.float64) for w in weights]
     scores_TF = naive.scores(x.double(), p, act)[:, : chosen.coef_TF.shape[1]]
     gated = torch.where(lives(chosen), scores_TF, -torch.inf)
-    given = Predictor("scores", (gated,), None, p.gate)
+    given = Predictor("scores", (gated,), None, p.gate, p.compensation)
     want = naive.bank_ffn(x.double(), given, *dense, act=act, bank=bank, keep=keep)
     assert got.shape == x.shape and got.dtype == x.dtype and torch.isfinite(got).all()
     error = float((got.double() - want).norm() / want.norm())
@@ -118,6 +118,15 @@ def assert_equals_naive(
 
 
 KINDS = ("linear", "int8-linear", "bilinear", "int8-bilinear", "4-bit/32", "2-bit/16", "scores")
+
+
+@needs_kernels
+def test_a_compensation_is_added():
+    x, weights = make(2, 40, 48, torch.float32)
+    p = predictor("linear", 2, 40, 48)._replace(
+        compensation=(draw(6, 40, seed=11), draw(40, 6, seed=12), draw(40, seed=13))
+    )
+    assert_equals_naive(x, p, weights, bank=16, keep=4)
 
 
 @needs_kernels

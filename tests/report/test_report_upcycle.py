@@ -160,6 +160,17 @@ def test_doubts_of_an_upcycled_arm(tmp_path: Path) -> None:
     assert figure.count('<path class="thin') == 2, "the dense arm's alone, on both drawings"
 
 
+def test_doubts_name_the_teacher_there_was(tmp_path: Path) -> None:
+    folder = upcycled(tmp_path)
+    told = {"self": "in both modes, the sparse one learning from the dense one", "runs/big": "another model (runs/big)"}
+    for teacher, says in told.items():
+        method = json.loads((folder / "upcycle" / "run.json").read_text())["method"]
+        edit_run(folder / "upcycle", method=method | {"teacher": teacher})
+        doubts = "\n".join(build_report([folder]).summary["doubts"])
+        assert says in doubts and "random also learned from the model as it was before training" in doubts
+        assert "Upcycle, random" not in doubts
+
+
 def test_lines_of_the_first_stage_are_read(tmp_path: Path) -> None:
     """Killed in it, a run has these lines and settings alone."""
     folder = upcycled(tmp_path)

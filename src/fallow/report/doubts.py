@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from fallow.report.analysis import Comparison, curve, interpolate
+from fallow.report.analysis import Arm, Comparison, curve, interpolate
 from fallow.report.loading import Run, lookup, number
 
 DRIFT = 0.05
@@ -138,17 +138,33 @@ def _upcycling_doubts(comparison: Comparison) -> list[str]:
             f"The loss computed sparse was not measured of {', '.join(unmeasured)}: what stands here is with all "
             "channels, and says nothing of how it is served."
         )
-    taught = [arm.label for arm in arms if number(arm.runs[0].info, "method", "distill")]
-    if taught:
-        lines.append(
-            f"{', '.join(taught)} also learned from the model as it was before training (distill); {base} learned from "
-            "the text alone. Part of a gap, either way, is that teacher's doing."
-        )
+    lines += _teachers([arm for arm in arms if number(arm.runs[0].info, "method", "distill")], base)
     fitted = [f"{arm.label} ({fit:,.0f})" for arm in arms if (fit := number(arm.runs[0].info, "method", "fit_tokens"))]
     if fitted:
         lines.append(
             f"Equal tokens does not count what predictors were fitted on before training: {', '.join(fitted)}, all "
             "other weights frozen."
+        )
+    return lines
+
+
+def _teachers(taught: list[Arm], base: str) -> list[str]:
+    """Who else than the text taught these arms."""
+    by_teacher: dict[str | None, list[str]] = {}
+    for arm in taught:
+        by_teacher.setdefault(lookup(arm.runs[0].info, "method", "teacher"), []).append(arm.label)
+    lines = []
+    for teacher, labels in by_teacher.items():
+        if teacher == "self":
+            lines.append(
+                f"{', '.join(labels)} computed every batch in both modes, the sparse one learning from the dense one "
+                f"(teacher: self): the same tokens as {base}, about twice the computation."
+            )
+            continue
+        who = "the model as it was before training" if teacher is None else f"another model ({teacher})"
+        lines.append(
+            f"{', '.join(labels)} also learned from {who} (distill); {base} learned from "
+            "the text alone. Part of a gap, either way, is that teacher's doing."
         )
     return lines
 

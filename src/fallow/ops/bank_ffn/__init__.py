@@ -177,7 +177,8 @@ def _check(
     F, D = up.shape
     check_bank(F, bank, keep)
     check_predictor(predictor, x.numel() // D, D, F)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, gate, up, down, *predictor.tensors)):
+    given = (x, gate, up, down, *predictor.tensors, *(predictor.compensation or ()))
+    if torch.is_grad_enabled() and any(t.requires_grad for t in given):
         raise ConfigError("bank_ffn: it has no gradients; call it under torch.no_grad(), and train with a mask")
 
 

@@ -1,5 +1,5 @@
 """`bank_ffn` on GPUs for up to 8 tokens: five launches (triton_select.py: prepare x, choose channels;
-triton_kernels.py: hidden layer, down projection in shares, their sum).
+triton_kernels.py: hidden layer, down projection in shares, their sum); a compensation is added by PyTorch's GEMMs.
 
 Nothing waits for the GPU and every shape follows from those of the arguments, so that a decoding step fits into a CUDA
 graph; kernels tune themselves at the first call of a shape, which must come before the capture. Launches are most of
