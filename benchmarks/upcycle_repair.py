@@ -33,7 +33,7 @@ from fallow.methods.upcycle.layers import GatedFFN
 from fallow.training.quiet import quiet
 
 HERE = Path(__file__).parent
-TEXT = HERE.parent.parent / "shared" / "data"
+TEXT = Path("../shared/data")  # from the repository, where every command starts
 TASKS = (SEEDED, "ruler_fwe", "niah_single_1", "niah_multikey_2")
 """Those that SmolLM2 answers at all."""
 
