@@ -1,12 +1,14 @@
 """Upcycle's real experiments: SmolLM2-135M trained on, dense and sparse, on equal tokens in equal order.
 
     python benchmarks/upcycle_experiments.py main ablations        # two of these side by side share the work
+    python benchmarks/upcycle_experiments.py long --set batch_size=32 steps=500      # other settings of the recipe
     python benchmarks/upcycle_experiments.py collate               # benchmarks/results/upcycle-cpt.json
 
 Every arm is a run as `fallow train` makes it (runs/experiments/upcycle-cpt/ARM): it resumes, and its model can be
 generated from, evaluated and exported. When it is finished its loss is taken dense and sparse on three held-out texts.
 Ablations take fewer steps (`--short`), and are compared with the main arms' curves at the same step only where these
-have the same schedule; so the dense, quantized and linear arms are run short as well.
+have the same schedule; so the dense, quantized and linear arms are run short as well. The long arms see ten times the
+tokens, in larger steps, and want a GPU.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from upcycle_arms import ARMS, SETS
+from upcycle_arms import ARMS, LONG, LONG_RECIPE, SETS
 
 from fallow import machine
 from fallow.errors import FallowError
@@ -31,7 +33,7 @@ from fallow.training.progress import Display
 from fallow.training.recipe import Recipe
 from fallow.training.run import release, run
 from fallow.training.runfolder import RunFolder, folder_of
-from fallow.training.settings import load_file, resolve
+from fallow.training.settings import load_file, parse_flags, resolve
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = ROOT / "benchmarks" / "recipes" / "upcycle-cpt.yaml"
@@ -53,19 +55,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, help="instead of the recipe's")
     parser.add_argument("--threads", type=int, help="instead of the recipe's, where one arm has the machine to itself")
     parser.add_argument("--short", type=int, default=100, help="steps of the ablations")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings of every arm's recipe")
+    parser.add_argument("--result", type=Path, default=RESULT, help="the file that collate writes")
     options = parser.parse_args(argv)
     os.chdir(ROOT)
     try:
         if options.what == ["collate"]:
-            collate()
+            collate(options.result)
             return 0
         arithmetic()
+        given = parse_flags([f"--{pair}" for pair in options.set])
         for what in options.what:
-            names = SETS[what] if what == "main" else ["dense", "quantized", "linear", *SETS[what]]
-            for name in names:
+            short = what == "ablations"
+            for name in ["dense", "quantized", "linear", *SETS[what]] if short else SETS[what]:
                 if not options.arms or name in options.arms:
-                    steps = options.steps if what == "main" else options.short
-                    claimed(recipe_of(name, steps, options.threads), name if what == "main" else f"{name}-short")
+                    own = {"steps": options.short if short else options.steps, "threads": options.threads} | given
+                    claimed(recipe_of(name, **own), f"{name}-short" if short else name)
         return 0
     except FallowError as error:
         print(f"upcycle_experiments: {error}", file=sys.stderr)
@@ -88,12 +93,12 @@ def arithmetic() -> None:
     partial.replace(target)
 
 
-def recipe_of(name: str, steps: int | None, threads: int | None = None) -> Recipe:
-    """The recipe of one arm."""
+def recipe_of(name: str, **own: Any) -> Recipe:
+    """The recipe of one arm; what is None in `own` stays as the file has it."""
     settings = ARMS[name]
     changes = {"method": "none"} if settings is None else {"method": "upcycle", **settings}
-    own = {"steps": steps, "threads": threads}
-    return resolve(load_file(RECIPE), changes | {k: v for k, v in own.items() if v})
+    changes |= LONG_RECIPE if name in LONG else {}
+    return resolve(load_file(RECIPE), changes | {k: v for k, v in own.items() if v is not None})
 
 
 def claimed(recipe: Recipe, arm: str) -> None:
@@ -134,11 +139,11 @@ def judge(folder: Path, recipe: Recipe) -> dict[str, dict[str, float]]:
     return found
 
 
-def collate() -> None:
+def collate(result_file: Path) -> None:
     """All judged arms in one file, and the curves of those that are not finished. Arms whose folders are not here keep
     what the file has of them."""
-    recipe = recipe_of("dense", None)
-    before = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+    recipe = recipe_of("dense")
+    before = json.loads(result_file.read_text()) if result_file.exists() else {}
     runs: dict[str, dict[str, Any]] = {r["arm"]: r for r in before.get("runs", [])}
     unfinished: dict[str, list[dict[str, Any]]] = before.get("unfinished", {})
     for metrics in sorted(folder_of(recipe, "dense").path.parent.glob("*/metrics.jsonl")):
@@ -153,14 +158,16 @@ def collate() -> None:
             continue
         record: dict[str, Any] = RunFolder(metrics.parent).read() or {}
         kept = {k: record[k] for k in ("arm", "method", "precision", "totals", "eval", "versions")}
+        schedule = ("steps", "batch_size", "accumulate", "seq_len", "lr")
+        kept["schedule"] = {k: record["recipe"][k] for k in schedule}
         looks = record.get("insight", {}).get("looks", [])
         runs[metrics.parent.name] = kept | json.loads(judged.read_text()) | {"curve": curve, "looks": looks}
         unfinished.pop(metrics.parent.name, None)
     result = {"experiment": "upcycle-cpt", "command": "python benchmarks/upcycle_experiments.py main ablations"}
     in_order = [runs[arm] for arm in sorted(runs)]
     result |= {"recipe": dataclasses.asdict(recipe), "runs": in_order, "unfinished": unfinished}
-    RESULT.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"wrote {RESULT.relative_to(ROOT)}: {len(runs)} runs, {len(unfinished)} unfinished")
+    result_file.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"wrote {result_file}: {len(runs)} runs, {len(unfinished)} unfinished")
 
 
 if __name__ == "__main__":

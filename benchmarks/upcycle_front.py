@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = subject.load(options.model, verb="upcycle_front")
     model = found.model
     model.loss_function = causal_lm_loss  # type: ignore[assignment]
-    recipe = recipe_of("dense", None)
+    recipe = recipe_of("dense")
     texts = {
         name: data.prepare(
             dataclasses.replace(recipe, eval_data=[str(HELDOUT[name])]), found.tokenizer, model.config.vocab_size

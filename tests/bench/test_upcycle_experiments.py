@@ -13,7 +13,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import upcycle_experiments as experiments  # noqa: E402
 import upcycle_figures as figures  # noqa: E402
-from upcycle_arms import ARMS, SETS  # noqa: E402
+from upcycle_arms import ARMS, LONG, SETS  # noqa: E402
 
 import fallow  # noqa: E402
 
@@ -22,11 +22,17 @@ MACHINE = {"cpu": "some CPU", "threads": 2, "memory_gb": 24}
 
 @pytest.mark.parametrize("name", ARMS)
 def test_every_arm_is_a_recipe(name):
-    recipe = experiments.recipe_of(name, 7)
+    recipe = experiments.recipe_of(name, steps=7)
     assert recipe.steps == 7
-    assert recipe.seq_len * recipe.batch_size * recipe.accumulate == 2048
+    assert recipe.tokens_per_step() == (8192 if name in LONG else 2048)
     config = recipe.method_config()
-    assert config is None if name == "dense" else isinstance(config, fallow.Upcycle)
+    assert config is None if ARMS[name] is None else isinstance(config, fallow.Upcycle)
+
+
+def test_long_arms_see_ten_times_the_tokens():
+    short, long = experiments.recipe_of("dense"), experiments.recipe_of("dense-long", threads=None)
+    assert long.tokens_per_step() * long.steps == 10 * short.tokens_per_step() * short.steps
+    assert long.threads == short.threads
 
 
 def test_sets_name_arms_and_the_main_one_has_its_companion_and_control():
@@ -49,19 +55,19 @@ def test_arithmetic_is_written_as_documents(tmp_path, monkeypatch):
 def test_collating_keeps_arms_whose_folders_are_elsewhere(tmp_path, monkeypatch):
     result = tmp_path / "result.json"
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(experiments, "ROOT", tmp_path)
-    monkeypatch.setattr(experiments, "RESULT", result)
     result.write_text(json.dumps({"runs": [{"arm": "dense", "losses": 1}], "unfinished": {"both": [], "random": [5]}}))
     here = tmp_path / "runs/experiments/upcycle-cpt/both"
     here.mkdir(parents=True)
     (here / "metrics.jsonl").write_text('{"kind": "eval", "step": 4, "loss": 2.0}\n{"kind": "train", "step": 4}\n')
     (here / "judged.json").write_text(json.dumps({"losses": {"text": {"dense": 2.0}}, "machine": MACHINE}))
     record = dict.fromkeys(("method", "precision", "totals", "eval", "versions"), 1) | {"arm": "both"}
+    record["recipe"] = dict.fromkeys(("steps", "batch_size", "accumulate", "seq_len", "lr"), 2)
     (here / "run.json").write_text(json.dumps(record))
-    experiments.collate()
+    experiments.collate(result)
     found = json.loads(result.read_text())
     assert [r["arm"] for r in found["runs"]] == ["both", "dense"] and found["unfinished"] == {"random": [5]}
     assert found["runs"][0]["curve"] == [{"step": 4, "loss": 2.0}] and found["runs"][1]["losses"] == 1
+    assert found["runs"][0]["schedule"]["lr"] == 2
 
 
 def _row(kind: str, keep: int, gap: float) -> dict:

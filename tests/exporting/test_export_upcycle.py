@@ -126,7 +126,7 @@ def test_what_only_training_reads_is_left_behind(tmp_path) -> None:
     model, _ = made(distill=0.5, hidden_loss=1.0, anneal=0.5, fit_tokens=100)
     fallow.export(model, tmp_path / "out", to="fallow")
     ours = load(tmp_path / "out")._fallow
-    assert ours.parent is None and ours.config == Upcycle(**SMALL, predictor="bilinear", rank=16)
+    assert ours.objective.parent is None and ours.config == Upcycle(**SMALL, predictor="bilinear", rank=16)
 
 
 def test_a_fresh_interpreter_in_either_order(tmp_path) -> None:

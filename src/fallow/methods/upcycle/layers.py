@@ -59,8 +59,8 @@ class GatedFFN:
         self.losses: list[Tensor] = []
         self.threshold = torch.zeros(())
         self.annealed = 1.0
-        self.chance = torch.Generator()
         device = tensor_of(view.rows().w_up_FD).device
+        self.chance = torch.Generator(device)
         self.predictor = KINDS[config.predictor](
             config, width=view.d_model, channels=view.n_channels, act=view.act, device=device
         )
@@ -166,7 +166,7 @@ class GatedFFN:
         if self.selection == "predictor":
             return self.predictor.logits(x_TD, w)
         if self.selection == "random":
-            return torch.rand(h_TF.shape, generator=self.chance).to(h_TF.device)
+            return torch.rand(h_TF.shape, generator=self.chance, device=h_TF.device)
         return judged(h_TF, w, self.config)
 
     def _chosen(self, scores_TF: Tensor) -> Tensor:
@@ -213,6 +213,7 @@ class GatedFFN:
         """Keep the predictor where the weights are."""
         if self.predictor.tilt_F.device != device:
             self.predictor.to(device)
+            self.chance = torch.Generator(device).manual_seed(self.chance.initial_seed())
             self.stale()
 
 

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -25,9 +24,8 @@ from fallow.methods.upcycle.config import Upcycle
 from fallow.methods.upcycle.fitting import Fitter, fit_compensation
 from fallow.methods.upcycle.layers import GatedFFN
 from fallow.methods.upcycle.looking import Look
-from fallow.methods.upcycle.pairing import halves, twice
-from fallow.methods.upcycle.parent import Parent, distance
-from fallow.ops.divergence import divergence
+from fallow.methods.upcycle.objective import Objective
+from fallow.methods.upcycle.pairing import twice
 from fallow.optim import AdamW, decay_groups
 
 
@@ -44,13 +42,7 @@ class UpcycleMethod(Method):
         self.keep = config.keep if isinstance(config.keep, tuple) else (config.keep,) * self.n_layers
         if len(self.keep) != self.n_layers:
             raise ConfigError(f"Upcycle: keep has {len(self.keep)} numbers, the model {self.n_layers} layers")
-        self.paired = bool(config.distill) and config.teacher == "self"
-        """Whether training computes every batch in both modes."""
-        self.parent = (
-            Parent(model, with_outputs=config.hidden_loss > 0, teacher=config.teacher)
-            if config.distill and not self.paired
-            else None
-        )
+        self.objective = Objective(model, config)
         self.layers: list[GatedFFN] = []
         try:
             for number, (view, keep) in enumerate(zip(found.ffns, self.keep, strict=True)):
@@ -65,7 +57,6 @@ class UpcycleMethod(Method):
         self.fits: list[dict[str, Any]] = []
         self.step = 0
         self.watched = Look(model, self.layers)
-        self._outputs: list[Tensor] = []
         self._hooks = [
             model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             model.register_forward_hook(self._after_forward, with_kwargs=True),
@@ -117,7 +108,7 @@ class UpcycleMethod(Method):
 
     def _before_forward(self, _module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         training = self.model.training
-        paired = self.paired and training and not self.watched.looking and self.mode == "sparse"
+        paired = self.objective.paired and training and not self.watched.looking and self.mode == "sparse"
         for layer in self.layers:
             layer.paired = paired
         if self.watched.looking:
@@ -127,8 +118,8 @@ class UpcycleMethod(Method):
             layer.sparse = self.mode == "sparse" and not whole
             layer.learning = training
             layer.losses.clear()
-            layer.heard = self._outputs.append if training and self.config.hidden_loss else None
-        self._outputs.clear()
+            layer.heard = self.objective.outputs.append if training and self.config.hidden_loss else None
+        self.objective.outputs.clear()
         return twice(args, kwargs) if paired else None
 
     def _after_forward(self, _module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
@@ -137,40 +128,7 @@ class UpcycleMethod(Method):
         if not self.model.training or loss is None or self.watched.looking or self.mode == "dense":
             return output
         given = kwargs | ({"input_ids": args[0]} if args else {})
-        share, weight, ours, theirs = self._share_of_batch(given), self.config.distill, output.logits, None
-        if self.paired:
-            (theirs, ours), labels = halves(output.logits), halves(given["labels"])[0]
-            if weight < 1:
-                about = {"vocab_size": ours.shape[-1], "num_items_in_batch": given.get("num_items_in_batch")}
-                loss = loss + (1 - weight) * self.model.loss_function(ours, labels, **about)
-            output.logits = ours
-        elif self.parent is not None:
-            theirs, loss = self.parent.logits(given), (1 - weight) * loss
-        if theirs is not None:
-            ours_NV = ours.flatten(0, 1)
-            loss = loss + weight * share * divergence(ours_NV, theirs.flatten(0, 1)) / ours_NV.shape[0]
-            if self.config.hidden_loss:
-                loss = loss + self.config.hidden_loss * share * distance(*self._outputs_of_both())
-        own = [each for layer in self.layers for each in layer.losses]
-        if own:
-            loss = loss + self.config.predictor_loss * share * torch.stack(own).mean()
-        output.loss = loss
-        return output
-
-    def _outputs_of_both(self) -> tuple[list[Tensor], list[Tensor]]:
-        """The FFNs' outputs: the sparse mode's, and its teacher's."""
-        if self.parent is not None:
-            return self._outputs, self.parent.outputs
-        both = [halves(y) for y in self._outputs]
-        return [sparse for _, sparse in both], [dense for dense, _ in both]
-
-    @staticmethod
-    def _share_of_batch(given: dict[str, Any]) -> Tensor | float:
-        """What part of the optimizer step's tokens this micro-batch has, where the trainer says how many there are."""
-        count, labels = given.get("num_items_in_batch"), given.get("labels")
-        if count is None or labels is None:
-            return 1.0
-        return (labels[..., 1:] != -100).sum() / count
+        return self.objective.add(given, output, self.layers)
 
     # -- predictors ---------------------------------------------------------------------------------------------------
 
@@ -291,7 +249,7 @@ class UpcycleMethod(Method):
         for layer in self.layers:
             layer.lay_back()
             layer.view.uninstall()
-        self.parent = None
+        self.objective.parent = None
         self.model._fallow = None  # type: ignore[assignment]
         return cast(PreTrainedModel, self.model)
 
