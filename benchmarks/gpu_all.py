@@ -2,6 +2,7 @@
 
     python benchmarks/gpu_all.py                      # all, on the first CUDA device
     python benchmarks/gpu_all.py --only sat --quick   # fewer rounds, no max-autotune baseline
+    python benchmarks/gpu_all.py --only upcycle --part decode   # its gate, and whole decoding alone
     python benchmarks/gpu_all.py --interpret-check    # no GPU: the gates only, through Triton's interpreter
 
 The figure is forward + backward of one layer ("smet": a whole training step; "ssd": an FFN), bf16, 4×2,048 tokens,
@@ -20,7 +21,8 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -46,12 +48,14 @@ class Bench:
     name: str
     gate: Callable[[str, bool], dict[str, float]]
     """(device, interpreted) -> worst relative error per path; raises GateError on one that is too large."""
-    run: Callable[[Settings], list[Row]]
-    """Settings -> rows."""
+    run: Callable[[Settings], Iterable[Row]]
+    """Settings -> rows. What they are worth is written as they come, so that a kill leaves what was measured."""
     break_even: Callable[[list[Row]], dict[str, float | None]]
     """Rows -> per case and form, the `rate` at which it costs as much as dense; None if there is none."""
     rate: str
     """What is varied: "omission rate", …"""
+    parts: tuple[str, ...] = ()
+    """Names of parts that can be run alone."""
 
 
 def _rows(case: str, rate: float, timing: Timing, ideal: float, dense_flops: float, **more: object) -> list[Row]:
@@ -213,6 +217,7 @@ BENCHES = [
         run=gpu_upcycle.bench_upcycle,
         break_even=gpu_upcycle.break_even_by_form,
         rate="tokens",
+        parts=gpu_upcycle.PARTS,
     ),
 ]
 
@@ -220,10 +225,13 @@ BENCHES = [
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=[b.name for b in BENCHES], help="run one benchmark")
+    parser.add_argument("--part", help="with --only upcycle: ffn or decode; the gate runs always")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/gpu"), help="folder of NAME-DEVICE.json")
     parser.add_argument("--quick", action="store_true", help="10 rounds, no max-autotune baseline")
     parser.add_argument("--interpret-check", action="store_true", help="gates only, on the CPU; prints no speed")
     args = parser.parse_args()
+    if args.part and not any(b.name == args.only and args.part in b.parts for b in BENCHES):
+        parser.error(f"--part {args.part} is no part of the benchmark that --only names")
     if args.interpret_check:
         os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it once, at import
     import torch
@@ -239,9 +247,10 @@ def main() -> int:
     if not ok:
         print(f"gpu_all: {reason}", file=sys.stderr)
         return 2
-    settings = Settings(rounds=10, max_autotune=False) if args.quick else Settings()
+    settings = Settings(rounds=10, max_autotune=False, part=args.part) if args.quick else Settings(part=args.part)
     for bench in (b for b in BENCHES if args.only in (None, b.name)):
-        print(f"{bench.name}: gate")
+        print(f"{bench.name}: gate", flush=True)
+        began = time.perf_counter()
         try:
             errors = bench.gate("cpu" if args.interpret_check else "cuda", args.interpret_check)
         except GateError as error:
@@ -249,18 +258,23 @@ def main() -> int:
             return 1
         for path, error in errors.items():
             print(f"  {path}: passed, worst relative error {error:.1e}")
+        print(f"  [gate: {time.perf_counter() - began:.1f} s]", flush=True)
         if args.interpret_check:
             continue
-        rows = bench.run(settings)
         result = {"bench": bench.name, "machine": describe(), "versions": versions(), "gate": "passed"}
-        result |= {"gate_errors": errors, "rows": rows, "break_even": bench.break_even(rows)}
-        for form, rate in result["break_even"].items():
-            print(f"  {form}: break-even at {bench.rate} {'not found' if rate is None else f'{rate:.2f}'}")
+        result |= {"gate_errors": errors, "complete": False, "rows": []}
         device = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
         args.out.mkdir(parents=True, exist_ok=True)
         path = args.out / f"{bench.name}-{device}.json"
+        for row in bench.run(settings):
+            result["rows"].append(row)
+            path.write_text(json.dumps(result, indent=1) + "\n")
+        result |= {"complete": True, "break_even": bench.break_even(result["rows"])}
+        for form, rate in result["break_even"].items():
+            print(f"  {form}: break-even at {bench.rate} {'not found' if rate is None else f'{rate:.2f}'}")
         path.write_text(json.dumps(result, indent=1) + "\n")
         print(f"wrote {path}")
+        print(f"  [{bench.name}: {time.perf_counter() - began:.1f} s]")
     return 0
 
 

@@ -61,28 +61,36 @@ def test_upcycles_gate_is_green_in_the_interpreter():
 UPCYCLE = f"""
 import sys
 sys.path.insert(0, {str(SCRIPT.parent)!r})
-import torch
 import gpu_upcycle, gpu_upcycle_decode
 from gpu_timing import Settings
 from gpu_upcycle_gate import SMALL
 from fallow.bench.flops import Shape
-from fallow.bench.harness import interleave
 from fallow.bench.steps import Case
 
-settings = Settings(device="cpu")
+settings = Settings(device="cpu", rounds=1, warm_up=0, max_autotune=False)
 gpu_upcycle.compile_options = lambda settings: {{"dense/eager": {{}}}}
+gpu_upcycle.graphed = lambda step: step
 gpu_upcycle.LAYERS = 1
-for tokens in (1, 2):
+for tokens, kinds in ((1, gpu_upcycle.KINDS), (2, gpu_upcycle.KINDS_OF_SEVERAL)):
     forms, read = gpu_upcycle.ffn_forms(SMALL, tokens, settings)
     whole, alive = 3 * SMALL.F * SMALL.D * 2, read["scores"]
     assert alive == whole / 4 if tokens == 1 else whole / 4 < alive <= whole / 2, (tokens, alive, whole)
-    assert tokens > 1 or read["linear"] == alive + 2 * SMALL.rank * (SMALL.D + SMALL.F)
-    gpu_upcycle.ffn_rows(SMALL, tokens, interleave(forms, rounds=1, warm_up=0), read)
+    assert tokens > 1 or read["linear-int8"] == alive + (SMALL.rank + 4) * SMALL.F + SMALL.rank * (SMALL.D + 4)
+    rows = gpu_upcycle.bench_ffn(SMALL, tokens, settings)
+    assert [r["predictor"] for r in rows] == list(kinds)
+forms, _ = gpu_upcycle.ffn_forms(SMALL, 1, settings)
+by_rows, stock = forms["dense/rows"]()[0].float(), forms["dense/eager"]()[0].float()
+assert (by_rows - stock).norm() < 2e-2 * stock.norm()
 case = Case("tiny", Shape(48, 128, 4, 2, 12, layers=2, vocab=300), 1, 8)
-forms, read, notes = gpu_upcycle_decode.decode_forms(case, "linear", settings, compiled=False)
-row = gpu_upcycle_decode.decode_row(case, "linear", interleave(forms, rounds=1), read, notes)
-assert row["forms_ms"].keys() == {{"dense/eager", "sparse/eager"}} == notes.keys()
-assert read["dense"] - read["sparse"] == 2 * 2 * 3 * 48 * 128 * 0.75 - 2 * (16 * (48 + 128) + 4 * (16 + 128))
+found = {{row["predictor"]: row for row in gpu_upcycle_decode.bench_decode(settings, (case,))}}
+assert found.keys() == {{"linear", "quantized", "bilinear"}}, found
+row = found["linear"]
+ways = ("stock", "compiled", "compiled-attention", "compiled-fused")
+assert row["dense_forms_ms"].keys() == {{f"dense/{{way}}" for way in ways}}
+assert {{f.split("/")[0] for f in row["forms_ms"]}} == {{"dense", "sparse"}} and len(row["forms_ms"]) == 4
+assert not row["notes"], row["notes"]
+factors = 16 * (48 + 128) + 4 * (16 + 128)
+assert row["megabytes"]["dense"] * 1e6 - row["megabytes"]["sparse"] * 1e6 == 2 * 2 * 3 * 48 * 128 * 0.75 - 2 * factors
 """
 
 
@@ -91,7 +99,7 @@ def test_upcycles_forms_run():
     """Every form that a GPU would time, but for compilation and CUDA graphs."""
     done = run("-c", UPCYCLE, TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("ideal") == 2 * 5 + 1
+    assert done.stdout.count("ideal") == 5 + 3 + 3
 
 
 def test_break_even_of_upcycle(monkeypatch):

@@ -245,6 +245,11 @@ def test_other_layouts_and_shapes():
     turned = [t.t().contiguous().t() for t in (x, gate, up, down)]
     assert torch.equal(op.bank_ffn(turned[0], p, *turned[1:], **how), want)
     assert torch.equal(op.bank_ffn(x[:, None], p, gate, up, down, **how), want[:, None])
+    beside = op.side_by_side(gate, up, down)
+    assert torch.equal(op.bank_ffn(x, p, *beside, **how), want)
+    assert torch.equal(op.bank_ffn(x[:1], p, *beside, **how), op.bank_ffn(x[:1], p, gate, up, down, **how))
+    rows = triton._rows_apart(*beside)  # decoding lays weights out so: a copy would read all of them
+    assert [r.data_ptr() for r in rows] == [b.data_ptr() for b in beside]
     assert op.bank_ffn(x[:0], p, gate, up, down, **how).shape == (0, 24)
 
 

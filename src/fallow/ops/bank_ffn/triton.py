@@ -3,10 +3,11 @@ triton_kernels.py: hidden layer, down projection in shares, their sum); a compen
 
 Nothing waits for the GPU and every shape follows from those of the arguments, so that a decoding step fits into a CUDA
 graph; kernels tune themselves at the first call of a shape, which must come before the capture. Launches are most of
-an eager call's time. The obvious alternative, one kernel for all, must let the whole GPU wait between its phases, which
-costs as much as a launch from a graph. Tested without a GPU: against naive under Triton's interpreter
-(TRITON_INTERPRET=1), whose dot has no bf16 (fp32 there) and which knows no dp4a (plain arithmetic there); all kernels
-compile for sm_90. Not yet run on a GPU: benchmarks/gpu_upcycle.py checks it there first, then times it.
+an eager call's time; where the device can, they overlap (triton_tuning.py). The obvious alternative, one kernel for
+all, must let the whole GPU wait between its phases, which costs as much as a launch from a graph. Rows are read where
+they lie, side by side too. Tested without a GPU: against naive under Triton's interpreter (TRITON_INTERPRET=1), whose
+dot has no bf16 (fp32 there) and which knows no dp4a (plain arithmetic there); all kernels compile for sm_90. Not yet
+run on a GPU: benchmarks/gpu_upcycle.py checks it there first, then times it.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false
@@ -28,8 +29,11 @@ __all__ = ["DTYPES", "available", "bank_ffn", "bank_mask", "mask_usable", "name"
 name = "triton"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MOST_TOKENS, MOST_BANK = 8, 256
-PARTS = 32
-"""Shares of the down projection: with blocks of 256 outputs some 450 programs at a width of 3584."""
+PARTS = 80
+"""Most shares of the down projection: with blocks of 128 outputs some 2,000 programs at a width of 3584, so that each
+loads all it needs at once. Their sums are a MB, which stays in the L2 cache."""
+EARLY = True
+"""Whether kernels overlap with those before them, where the device can (triton_tuning.py)."""
 
 
 class Chosen(NamedTuple):
@@ -119,10 +123,12 @@ def choose(x_TD: Tensor, predictor: Predictor, channels: int, *, act: str, bank:
     )
     tail = (None if tilt_F is None else tilt_F.float().contiguous(), *chosen, F)
     tiles = {"T": T, "BANK": bank, "BB": BB}
-    smooth = gate == "smooth"
+    smooth, early = gate == "smooth", _early(x_TD)
     tensors = tuple(t.contiguous() for t in tensors)
     if kind == "scores":
-        kernels.given_kernel[(banks,)](tensors[0], *tail, keep, slots, SMOOTH=smooth, **tiles, num_warps=_warps(BB))
+        kernels.given_kernel[(banks,)](
+            tensors[0], *tail, keep, slots, SMOOTH=smooth, **tiles, **early, num_warps=_warps(BB)
+        )
     elif kind == "quantized":
         codes, scales = tensors
         _, G, _, bits, twice = codes.shape
@@ -132,21 +138,21 @@ def choose(x_TD: Tensor, predictor: Predictor, channels: int, *, act: str, bank:
         zero, scale = _empty(x_TD, T, G * J, dtype=torch.int32), _empty(x_TD, T, G, dtype=torch.float32)
         kernels.round_kernel[(G, T)](
             x_TD, words, zero, scale, D, G, GROUP=group, BITS=bits, J=J, BJ=_power_of_2(J),
-            num_warps=1, enable_fp_fusion=False,
+            **early, num_warps=1, enable_fp_fusion=False,
         )  # fmt: skip
         kernels.codes_kernel[(banks,)](
             words, zero, scale, codes.view(torch.int32), scales, *tail, G * J, keep, slots,
-            ACT=act, BITS=bits, J=J, PLAIN=interpreted(), **tiles,
+            ACT=act, BITS=bits, J=J, PLAIN=interpreted(), **tiles, **early,
         )  # fmt: skip
     else:
         v_gate, s_v_gate, u_gate, s_u_gate, v_up, s_v_up, u_up, s_u_up = _factors(tensors)
         R = v_gate.shape[0]
         z = _empty(x_TD, 1 if v_up is None else 2, T, R, dtype=torch.float32)
         kernels.thin_kernel[lambda meta: (-(-R // meta["BR"]), z.shape[0])](
-            x_TD, v_gate, v_up, s_v_gate, s_v_up, z, D, R, T=T
+            x_TD, v_gate, v_up, s_v_gate, s_v_up, z, D, R, T=T, **early
         )
         kernels.factors_kernel[(banks,)](
-            z, u_gate, u_up, s_u_gate, s_u_up, *tail, R, keep, slots, ACT=act, SMOOTH=smooth, **tiles
+            z, u_gate, u_up, s_u_gate, s_u_up, *tail, R, keep, slots, ACT=act, SMOOTH=smooth, **tiles, **early
         )
     return chosen
 
@@ -163,24 +169,45 @@ def _living_rows(x_TD: Tensor, chosen: Chosen, weights: tuple[Weight, Weight, We
 
     (T, D), F = x_TD.shape, chosen.coef_TF.shape[1]
     banks, slots = chosen.live_NS.shape
-    w_gate, w_up, w_down = (tensor_of(w).contiguous() for w in weights)
+    w_gate, w_up, w_down = _rows_apart(*map(tensor_of, weights))
     s_gate, s_up, s_down = (w.scale_F.float().contiguous() if isinstance(w, Int8Rows) else None for w in weights)
+    total, stride = banks * slots, w_up.stride(0)
     h_TNS = _empty(x_TD, T, banks, slots, dtype=torch.float32)
-    share = -(-banks // PARTS) * slots
-    parts = -(-banks * slots // share)
+    share = -(-total // (32 * PARTS)) * 32
+    parts = -(-total // share)
     part_PTD = _empty(x_TD, parts, T, D, dtype=torch.float32)
+    how = early = _early(x_TD)
     if T == 1:
-        inner, down, how = kernels.inner_one_kernel, kernels.down_one_kernel, {}
+        inner, down = kernels.inner_one_kernel, kernels.down_one_kernel
     else:
         inner, down = kernels.inner_many_kernel, kernels.down_many_kernel
-        how = {"BT": 16, "TYPE": _type_of_products(x_TD.dtype), "PRECISION": _precision()}
-    inner[lambda meta: (banks, -(-slots // meta["BR"]))](
-        x_TD, w_gate, w_up, s_gate, s_up, *chosen, h_TNS, D, F, T, banks, slots, ACT=act, **how
-    )
+        how = early | {"BT": 16, "TYPE": _type_of_products(x_TD.dtype), "PRECISION": _precision()}
+
+    def programs(meta: dict[str, int]) -> tuple[int, ...]:
+        BR = meta["BR"]
+        return (-(-total // BR),) if T == 1 else (banks, -(-slots // BR))
+
+    inner[programs](x_TD, w_gate, w_up, s_gate, s_up, *chosen, h_TNS, D, F, T, banks, slots, stride, ACT=act, **how)
     down[lambda meta: (-(-D // meta["BD"]), parts)](
-        h_TNS, w_down, s_down, *chosen[1:], part_PTD, D, F, T, banks * slots, slots, share, **how
+        h_TNS, w_down, s_down, *chosen[1:], part_PTD, D, F, T, total, slots, share, stride, **how
     )
-    kernels.sum_kernel[(-(-D // 128), T)](part_PTD, y_TD, D, T, parts, BP=_power_of_2(parts), BD=128)
+    kernels.sum_kernel[(-(-D // 32), T)](part_PTD, y_TD, D, T, parts, BP=_power_of_2(parts), BD=32, **early)
+
+
+def _rows_apart(*weights: Tensor) -> tuple[Tensor, ...]:
+    """Each with rows that lie together, equally far apart in all: as given where that is so (`side_by_side_`), else
+    copied."""
+    if len({w.stride() for w in weights}) == 1 and weights[0].stride(1) == 1:
+        return weights
+    return tuple(w.contiguous() for w in weights)
+
+
+def _early(x_TD: Tensor) -> dict[str, Any]:
+    """What a launch is told of overlapping with the kernel before it."""
+    from fallow.ops.bank_ffn.triton_tuning import overlapping
+
+    early = EARLY and overlapping(x_TD)
+    return {"EARLY": early, "launch_pdl": True} if early else {"EARLY": False}
 
 
 def _type_of_products(dtype: torch.dtype) -> Any:

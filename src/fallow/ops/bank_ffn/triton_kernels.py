@@ -20,7 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fallow.ops.bank_ffn.triton_select import configs
+from fallow.ops.bank_ffn.triton_tuning import briefly, configs, wait
 from fallow.ops.subset_ffn.triton_kernels import value_and_slope
 
 _KEY = ["D", "F", "slots"]
@@ -37,56 +37,58 @@ def hidden(gate, up, factor, ACT: tl.constexpr):
         ("BR", "BD"),
         (2, 8),
         (1, 1024, 4, 1),
-        (2, 512, 4, 3),
-        (4, 256, 4, 3),
+        (1, 2048, 4, 1),
+        (1, 4096, 8, 1),
+        (2, 1024, 4, 1),
         (4, 512, 4, 1),
-        (4, 512, 8, 1),
-        (8, 256, 4, 3),
+        (2, 512, 4, 3),
     ),
     key=_KEY,
+    do_bench=briefly,
 )
 @triton.jit
 def inner_one_kernel(
-    x, w_gate, w_up, scale_gate, scale_up, coef, live, count, h, D, F, T, banks, slots,
-    ACT: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr, STAGES: tl.constexpr,
+    x, w_gate, w_up, scale_gate, scale_up, coef, live, count, h, D, F, T, banks, slots, stride,
+    ACT: tl.constexpr, EARLY: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """h of BR living channels of a bank, for one token."""
-    n = tl.program_id(0)
-    first = tl.program_id(1) * BR
-    size = tl.load(count + n)
-    if first < size:
-        slot = first + tl.arange(0, BR)
-        on = slot < size
-        c = tl.load(live + n * slots + slot, mask=on, other=0)
-        row = c.to(tl.int64)[:, None] * D
-        gate = tl.zeros((BR, BD), dtype=tl.float32)
-        up = tl.zeros((BR, BD), dtype=tl.float32)
-        for done in tl.range(0, D, BD, num_stages=STAGES):
-            d = done + tl.arange(0, BD)
-            x_tile = tl.load(x + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
-            inside = on[:, None] & (d < D)[None, :]
-            gate += tl.load(w_gate + row + d[None, :], mask=inside, other=0).to(tl.float32) * x_tile
-            up += tl.load(w_up + row + d[None, :], mask=inside, other=0).to(tl.float32) * x_tile
-        z_gate = tl.sum(gate, 1)
-        z_up = tl.sum(up, 1)
-        if scale_gate is not None:
-            z_gate *= tl.load(scale_gate + c, mask=on, other=0.0)
-            z_up *= tl.load(scale_up + c, mask=on, other=0.0)
-        factor = tl.load(coef + c, mask=on, other=0.0)
-        tl.store(h + n * slots + slot, hidden(z_gate, z_up, factor, ACT), mask=on)
+    """h of BR living channels, for one token, whose lists of living channels are all full: one list for all banks."""
+    wait(EARLY)
+    k = tl.program_id(0) * BR + tl.arange(0, BR)
+    on = k < banks * slots
+    c = tl.load(live + k, mask=on, other=0)
+    factor = tl.load(coef + c, mask=on, other=0.0)
+    row = c.to(tl.int64)[:, None] * stride
+    gate = tl.zeros((BR, BD), dtype=tl.float32)
+    up = tl.zeros((BR, BD), dtype=tl.float32)
+    for done in tl.range(0, D, BD, num_stages=STAGES):
+        d = done + tl.arange(0, BD)
+        x_tile = tl.load(x + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+        inside = on[:, None] & (d < D)[None, :]
+        gate_tile = tl.load(w_gate + row + d[None, :], mask=inside, other=0)
+        up_tile = tl.load(w_up + row + d[None, :], mask=inside, other=0)
+        gate += gate_tile.to(tl.float32) * x_tile
+        up += up_tile.to(tl.float32) * x_tile
+    z_gate = tl.sum(gate, 1)
+    z_up = tl.sum(up, 1)
+    if scale_gate is not None:
+        z_gate *= tl.load(scale_gate + c, mask=on, other=0.0)
+        z_up *= tl.load(scale_up + c, mask=on, other=0.0)
+    tl.store(h + k, hidden(z_gate, z_up, factor, ACT), mask=on)
 
 
 @triton.autotune(
-    configs=configs(("BR", "BD"), (16, 16), (16, 128, 4, 4), (16, 256, 4, 3), (32, 128, 4, 4), (16, 64, 4, 5)),
+    configs=configs(("BR", "BD"), (16, 16), (16, 128, 4, 4), (16, 256, 4, 3), (32, 128, 4, 3)),
     key=_KEY,
+    do_bench=briefly,
 )
 @triton.jit
 def inner_many_kernel(
-    x, w_gate, w_up, scale_gate, scale_up, coef, live, count, h, D, F, T, banks, slots,
-    ACT: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr,
+    x, w_gate, w_up, scale_gate, scale_up, coef, live, count, h, D, F, T, banks, slots, stride,
+    ACT: tl.constexpr, EARLY: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr,
     BT: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """As `inner_one_kernel` for up to BT tokens; products in TYPE."""
+    """h of BR living channels of a bank for up to BT tokens; products in TYPE."""
+    wait(EARLY)
     n = tl.program_id(0)
     first = tl.program_id(1) * BR
     size = tl.load(count + n)
@@ -94,7 +96,7 @@ def inner_many_kernel(
         slot = first + tl.arange(0, BR)
         on = slot < size
         c = tl.load(live + n * slots + slot, mask=on, other=0)
-        row = c.to(tl.int64)[:, None] * D
+        row = c.to(tl.int64)[:, None] * stride
         t = tl.arange(0, BT)[None, :]
         gate = tl.zeros((BR, BT), dtype=tl.float32)
         up = tl.zeros((BR, BT), dtype=tl.float32)
@@ -117,44 +119,49 @@ def inner_many_kernel(
 
 @triton.autotune(
     configs=configs(
-        ("BC", "BD"), (4, 8), (8, 256, 4, 3), (16, 128, 4, 4), (16, 256, 4, 3), (8, 512, 4, 3), (32, 128, 4, 1)
+        ("BC", "BD"), (4, 8), (32, 128, 4, 1), (64, 128, 4, 1), (32, 256, 4, 1), (64, 64, 4, 1), (16, 256, 4, 3)
     ),
     key=_KEY,
+    do_bench=briefly,
 )
 @triton.jit
 def down_one_kernel(
-    h, w_down, scale_down, live, count, part, D, F, T, total, slots, share,
-    BC: tl.constexpr, BD: tl.constexpr, STAGES: tl.constexpr,
+    h, w_down, scale_down, live, count, part, D, F, T, total, slots, share, stride,
+    EARLY: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """part[p, d] = the sum over the p-th `share` of all `total` slots of h · w_down[channel, d], for one token."""
+    """part[p, d] = the sum over the p-th `share` of all `total` slots of h · w_down[channel, d], for one token, whose
+    lists of living channels are all full."""
+    wait(EARLY)
     p = tl.program_id(1)
     d = tl.program_id(0) * BD + tl.arange(0, BD)
     acc = tl.zeros((BC, BD), dtype=tl.float32)
     last = tl.minimum(p * share + share, total)
     for first in tl.range(p * share, last, BC, num_stages=STAGES):
         k = first + tl.arange(0, BC)
-        on = (k < last) & (k % slots < tl.load(count + k // slots, mask=k < last, other=0))
+        on = k < last
         c = tl.load(live + k, mask=on, other=0)
         value = tl.load(h + k, mask=on, other=0.0)
         if scale_down is not None:
             value *= tl.load(scale_down + c, mask=on, other=0.0)
-        row = c.to(tl.int64)[:, None] * D
+        row = c.to(tl.int64)[:, None] * stride
         w_tile = tl.load(w_down + row + d[None, :], mask=on[:, None] & (d < D)[None, :], other=0)
         acc += value[:, None] * w_tile.to(tl.float32)
     tl.store(part + p * D + d, tl.sum(acc, 0), mask=d < D)
 
 
 @triton.autotune(
-    configs=configs(("BC", "BD"), (16, 16), (16, 128, 4, 4), (32, 128, 4, 3), (16, 256, 4, 4), (32, 64, 4, 4)),
+    configs=configs(("BC", "BD"), (16, 16), (16, 128, 4, 4), (32, 128, 4, 3), (32, 64, 4, 4)),
     key=_KEY,
+    do_bench=briefly,
 )
 @triton.jit
 def down_many_kernel(
-    h, w_down, scale_down, live, count, part, D, F, T, total, slots, share,
-    TYPE: tl.constexpr, PRECISION: tl.constexpr,
+    h, w_down, scale_down, live, count, part, D, F, T, total, slots, share, stride,
+    EARLY: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr,
     BT: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """As `down_one_kernel` for up to BT tokens: part[p, t, d]; products in TYPE."""
+    wait(EARLY)
     p = tl.program_id(1)
     d = tl.program_id(0) * BD + tl.arange(0, BD)[None, :]
     in_d = d < D
@@ -168,15 +175,16 @@ def down_many_kernel(
         value = tl.load(h + t * total + k[None, :], mask=on[None, :] & (t < T), other=0.0)
         if scale_down is not None:
             value *= tl.load(scale_down + c, mask=on, other=0.0)[None, :]
-        row = c.to(tl.int64)[:, None] * D
+        row = c.to(tl.int64)[:, None] * stride
         w_tile = tl.load(w_down + row + d, mask=on[:, None] & in_d, other=0).to(TYPE)
         acc = tl.dot(value.to(TYPE), w_tile, acc, input_precision=PRECISION)
     tl.store(part + (p * T + t) * D + d, acc, mask=(t < T) & in_d)
 
 
 @triton.jit
-def sum_kernel(part, y, D, T, parts, BP: tl.constexpr, BD: tl.constexpr):
+def sum_kernel(part, y, D, T, parts, EARLY: tl.constexpr, BP: tl.constexpr, BD: tl.constexpr):
     """y[t, d] = the sum over p of part[p, t, d]."""
+    wait(EARLY)
     t = tl.program_id(1)
     p = tl.arange(0, BP)
     d = tl.program_id(0) * BD + tl.arange(0, BD)

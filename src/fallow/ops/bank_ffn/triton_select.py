@@ -19,35 +19,13 @@ Axes of tiles: channel, input (or word of inputs), token.
 
 from __future__ import annotations
 
-import math
-import os
-from typing import Any
-
 import triton
 import triton.language as tl
 
+from fallow.ops.bank_ffn.triton_tuning import briefly, configs, fitting, wait
 from fallow.ops.subset_ffn.triton_kernels import value_and_slope
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def configs(names: tuple[str, ...], small: tuple[int, ...], *shapes: tuple[int, ...]) -> list[triton.Config]:
-    """Each shape is the named sizes, then warps, then steps of the loop on their way from memory (STAGES); `small` is
-    what the interpreter takes."""
-    return [
-        triton.Config(dict(zip((*names, "STAGES"), (*s[:-2], s[-1]), strict=True)), num_warps=s[-2], num_stages=s[-1])
-        for s in ([(*small, 1, 1)] if INTERPRETED else shapes)
-    ]
-
-
-def fitting(configs: list[triton.Config], _, **given: Any) -> list[triton.Config]:
-    """Those whose sums, one per token and element of a tile, leave registers for the rest."""
-
-    def sums(c: triton.Config) -> float:
-        tile = math.prod(size for name, size in c.kwargs.items() if name != "STAGES")
-        return given["T"] * tile * 2 * given.get("BB", 0.5) / (32 * c.num_warps)  # of gate and up, but for `thin`
-
-    return [c for c in configs if sums(c) <= 64] or [min(configs, key=sums)]
+_FITTING = {"early_config_prune": fitting}
 
 
 @triton.jit
@@ -101,9 +79,10 @@ def mask_kernel(scores, out, keep, BANK: tl.constexpr, BB: tl.constexpr):
 @triton.jit
 def given_kernel(
     scores, tilt, coef, live, count, F, keep, slots,
-    SMOOTH: tl.constexpr, T: tl.constexpr, BANK: tl.constexpr, BB: tl.constexpr,
+    SMOOTH: tl.constexpr, EARLY: tl.constexpr, T: tl.constexpr, BANK: tl.constexpr, BB: tl.constexpr,
 ):  # fmt: skip
     """Scores [T, F] computed elsewhere."""
+    wait(EARLY)
     n = tl.program_id(0)
     i = tl.arange(0, BB)
     s = ()
@@ -113,16 +92,18 @@ def given_kernel(
 
 
 @triton.autotune(
-    configs=configs(("BR", "BD"), (4, 8), (1, 1024, 4, 1), (2, 512, 4, 3), (4, 256, 4, 3), (4, 512, 8, 1)),
+    configs=configs(("BR", "BD"), (4, 8), (1, 4096, 4, 1), (1, 4096, 8, 1), (1, 2048, 4, 1), (1, 1024, 4, 1)),
     key=["D", "R", "T"],
-    prune_configs_by={"early_config_prune": fitting},
+    prune_configs_by=_FITTING,
+    do_bench=briefly,
 )
 @triton.jit
 def thin_kernel(
     x, v_gate, v_up, scale_gate, scale_up, z, D, R,
-    T: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr, STAGES: tl.constexpr,
+    EARLY: tl.constexpr, T: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """z[m, t, r] = v[r] · x[t], times scale[r] for int8 rows; program axis 1 is m, gate or up."""
+    """z[m, t, r] = v[r] · x[t], times scale[r] for int8 rows; program axis 1 is m, gate or up. The next tile of v is
+    always on its way, the first before the kernel ahead has ended."""
     m = tl.program_id(1)
     r = tl.program_id(0) * BR + tl.arange(0, BR)
     in_r = r < R
@@ -132,15 +113,20 @@ def thin_kernel(
         if m == 1:
             v = v_up
             scale = scale_up
+    d = tl.arange(0, BD)
+    w = tl.load(v + r[:, None] * D + d[None, :], mask=in_r[:, None] & (d < D)[None, :], other=0)
+    wait(EARLY)
     acc = (tl.zeros((BR, BD), dtype=tl.float32),) * T
     for done in tl.range(0, D, BD, num_stages=STAGES):
         d = done + tl.arange(0, BD)
-        in_d = d < D
-        w = tl.load(v + r[:, None] * D + d[None, :], mask=in_r[:, None] & in_d[None, :], other=0).to(tl.float32)
+        e = d + BD
+        coming = tl.load(v + r[:, None] * D + e[None, :], mask=in_r[:, None] & (e < D)[None, :], other=0)
         longer = ()
         for t in tl.static_range(T):
-            longer += (acc[t] + w * tl.load(x + t * D + d, mask=in_d, other=0.0).to(tl.float32)[None, :],)
+            x_tile = tl.load(x + t * D + d, mask=d < D, other=0.0).to(tl.float32)
+            longer += (acc[t] + w.to(tl.float32) * x_tile[None, :],)
         acc = longer
+        w = coming
     for t in tl.static_range(T):
         out = tl.sum(acc[t], 1)
         if scale is not None:
@@ -149,38 +135,50 @@ def thin_kernel(
 
 
 @triton.autotune(
-    configs=configs(("BR",), (4,), (8, 4, 3), (16, 4, 3), (32, 4, 3), (16, 8, 3), (32, 8, 1), (64, 8, 1)),
+    configs=configs(("BR",), (4,), (256, 8, 1), (128, 8, 1), (64, 8, 1), (32, 8, 1)),
     key=["F", "R", "BANK", "T"],
-    prune_configs_by={"early_config_prune": fitting},
+    prune_configs_by=_FITTING,
+    do_bench=briefly,
 )
 @triton.jit
 def factors_kernel(
     z, u_gate, u_up, scale_gate, scale_up, tilt, coef, live, count, F, R, keep, slots,
-    ACT: tl.constexpr, SMOOTH: tl.constexpr, T: tl.constexpr, BANK: tl.constexpr, BB: tl.constexpr,
-    BR: tl.constexpr, STAGES: tl.constexpr,
+    ACT: tl.constexpr, SMOOTH: tl.constexpr, EARLY: tl.constexpr,
+    T: tl.constexpr, BANK: tl.constexpr, BB: tl.constexpr, BR: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """s = u_gate z, or with u_up |act(u_gate z_0) · (u_up z_1)|."""
+    """s = u_gate z, or with u_up |act(u_gate z_0) · (u_up z_1)|; tiles of u on their way as in `thin_kernel`."""
     n = tl.program_id(0)
     i = tl.arange(0, BB)
     c = n * BANK + i
+    r = tl.arange(0, BR)
+    at = c[:, None] * R + r[None, :]
+    inside = (i < BANK)[:, None] & (r < R)[None, :]
+    w_gate = tl.load(u_gate + at, mask=inside, other=0)
+    w_up = w_gate
+    if u_up is not None:
+        w_up = tl.load(u_up + at, mask=inside, other=0)
+    wait(EARLY)
     gate = (tl.zeros((BB, BR), dtype=tl.float32),) * T
     up = gate
     for done in tl.range(0, R, BR, num_stages=STAGES):
         r = done + tl.arange(0, BR)
-        in_r = r < R
-        at = c[:, None] * R + r[None, :]
-        inside = (i < BANK)[:, None] & in_r[None, :]
-        w = tl.load(u_gate + at, mask=inside, other=0).to(tl.float32)
+        at = c[:, None] * R + (r + BR)[None, :]
+        inside = (i < BANK)[:, None] & (r + BR < R)[None, :]
+        coming = tl.load(u_gate + at, mask=inside, other=0)
         longer = ()
         for t in tl.static_range(T):
-            longer += (gate[t] + w * tl.load(z + t * R + r, mask=in_r, other=0.0)[None, :],)
+            z_tile = tl.load(z + t * R + r, mask=r < R, other=0.0)[None, :]
+            longer += (gate[t] + w_gate.to(tl.float32) * z_tile,)
         gate = longer
+        w_gate = coming
         if u_up is not None:
-            w = tl.load(u_up + at, mask=inside, other=0).to(tl.float32)
+            coming = tl.load(u_up + at, mask=inside, other=0)
             longer = ()
             for t in tl.static_range(T):
-                longer += (up[t] + w * tl.load(z + (T + t) * R + r, mask=in_r, other=0.0)[None, :],)
+                z_tile = tl.load(z + (T + t) * R + r, mask=r < R, other=0.0)[None, :]
+                longer += (up[t] + w_up.to(tl.float32) * z_tile,)
             up = longer
+            w_up = coming
     s = ()
     for t in tl.static_range(T):
         score = tl.sum(gate[t], 1)
@@ -197,11 +195,13 @@ def factors_kernel(
 
 @triton.jit
 def round_kernel(
-    x, words, zero, scale, D, G, GROUP: tl.constexpr, BITS: tl.constexpr, J: tl.constexpr, BJ: tl.constexpr
-):
+    x, words, zero, scale, D, G,
+    EARLY: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, J: tl.constexpr, BJ: tl.constexpr,
+):  # fmt: skip
     """x[t] in groups as pack.round_x has it: `words` [T, G·J, 8/BITS], four inputs a word, `scale` [T, G], and `zero`
     [T, G·J], what the inputs of a word of codes add because codes have no sign: -(2^BITS - 1) times their sum."""
     PER: tl.constexpr = 8 // BITS
+    wait(EARLY)
     g = tl.program_id(0)
     t = tl.program_id(1)
     j = tl.arange(0, BJ)
@@ -238,20 +238,22 @@ def dot4(codes, x, acc, PLAIN: tl.constexpr):
 
 
 @triton.autotune(
-    configs=configs(("BQ",), (4,), (8, 4, 4), (16, 4, 3), (16, 8, 3), (32, 4, 3), (32, 8, 1), (32, 8, 3), (64, 8, 2)),
+    configs=configs(("BQ",), (4,), (16, 4, 3), (16, 8, 4), (32, 8, 3), (64, 8, 2)),
     key=["F", "Q", "BANK", "T"],
-    prune_configs_by={"early_config_prune": fitting},
+    prune_configs_by=_FITTING,
+    do_bench=briefly,
 )
 @triton.jit
 def codes_kernel(
     words, zero, scale, codes, scales, tilt, coef, live, count, F, Q, keep, slots,
-    ACT: tl.constexpr, BITS: tl.constexpr, J: tl.constexpr, PLAIN: tl.constexpr,
+    ACT: tl.constexpr, BITS: tl.constexpr, J: tl.constexpr, PLAIN: tl.constexpr, EARLY: tl.constexpr,
     T: tl.constexpr, BANK: tl.constexpr, BB: tl.constexpr,
     BQ: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """s = |act(gate) · up| of low-bit copies; Q = G·J words of codes per channel, J of a group."""
     PER: tl.constexpr = 8 // BITS
     MASK: tl.constexpr = 0x1E1E1E1E if BITS == 4 else 0x06060606
+    wait(EARLY)
     n = tl.program_id(0)
     i = tl.arange(0, BB)[:, None]
     c = n * BANK + i
