@@ -127,9 +127,8 @@ def judge(folder: Path, recipe: Recipe) -> dict[str, dict[str, float]]:
     model, handle = trained.model, trained.sparsity
     found: dict[str, dict[str, float]] = {}
     for name, file in HELDOUT.items():
-        text = data.prepare(
-            dataclasses.replace(recipe, eval_data=[str(file)]), trained.tokenizer, model.config.vocab_size
-        )
+        only = dataclasses.replace(recipe, train_data=[str(file)], eval_data=[str(file)])  # nothing is trained here
+        text = data.prepare(only, trained.tokenizer, model.config.vocab_size)
         found[name] = {}
         for mode in trained.modes:
             taken = heldout.loss(model, text.evaluation, tokens=EVAL_TOKENS, batch_size=4, sparsity=handle, mode=mode)

@@ -159,28 +159,30 @@ def llamacpp(data: Data) -> Block:
 def cpt(data: Data) -> Block:
     """What training wins back."""
     runs = {r["arm"]: r for r in data["runs"]}
-    head = "arm | steps | recall | WikiText-2 dense, sparse, gap | PostgreSQL manual | technical English"
+    head = "arm | steps of tokens | recall | WikiText-2 dense, sparse, gap | PostgreSQL manual | technical English"
     rows = []
     for name, r in runs.items():
-        companion = runs.get("dense-short" if name.endswith("-short") else "dense")
+        length = next((end for end in ("-short", "-long") if name.endswith(end)), "")
+        companion = runs.get(f"dense{length}")
+        plan = r.get("schedule") or data["recipe"]
         recall = f"{statistics.fmean(r['looks'][-1]['recall']):.3f}" if r["looks"] else "–"
-        cells = [name, str(r["totals"]["steps"]), recall]
+        tokens = plan["seq_len"] * plan["batch_size"] * plan["accumulate"]
+        cells = [name, f"{r['totals']['steps']:,} × {tokens:,}", recall]
         for text, losses in r["losses"].items():
             sparse = losses.get("sparse")
             base = companion["losses"][text]["dense"] if companion else None
             gap = f", **{sparse - base:+.3f}**" if sparse is not None and base is not None else ""
             cells.append(f"{losses['dense']:.3f}" + (f", {sparse:.3f}{gap}" if sparse is not None else ""))
         rows.append(cells)
-    recipe = data["recipe"]
-    tokens = recipe["seq_len"] * recipe["batch_size"] * recipe["accumulate"]
-    note = f"Gap: sparse, less the dense companion at equal tokens, nats. {tokens:,} tokens a step."
+    note = "Gap: sparse, less the dense companion at equal tokens, nats."
     return f"{markdown_table(head, rows)}\n\n{note}", {}
 
 
 def curves(data: Data) -> Block:
     """Held-out loss through training, of the arms of full length."""
     held = {r["arm"]: r["curve"] for r in data["runs"]} | data["unfinished"]
-    held = {arm: {p["step"]: p for p in curve} for arm, curve in held.items() if not arm.endswith("-short")}
+    others = ("-short", "-long")
+    held = {arm: {p["step"]: p for p in curve} for arm, curve in held.items() if not arm.endswith(others)}
     steps = sorted({step for curve in held.values() for step in curve})
     head = " | ".join(["arm", *(f"step {step}" for step in steps)])
     rows = []

@@ -96,7 +96,7 @@ def test_tables_say_what_the_json_says():
     recipe = {"seq_len": 512, "batch_size": 2, "accumulate": 2}
     runs = [run("dense", {"dense": 3.0}, []), run("quantized", {"dense": 3.02, "sparse": 3.08}, [{"recall": [0.9, 1]}])]
     table, _ = figures.cpt({"runs": runs, "recipe": recipe})
-    assert "| quantized | 4 | 0.950 | 3.020, 3.080, **+0.080** |" in table
+    assert "| quantized | 4 × 2,048 | 0.950 | 3.020, 3.080, **+0.080** |" in table
 
     for r, curve in zip(runs, ([2.5], [2.6]), strict=True):
         r["curve"] = [{"step": 4, "loss": loss, "sparse_loss": loss + 1} for loss in curve]
