@@ -8,9 +8,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
-import merge_ruler  # noqa: E402
+import merge_ruler
 
-from fallow.evaluation.ruler import Scores, as_dict  # noqa: E402
+from fallow.evaluation.ruler import Scores, as_dict
 
 CELLS = {("ruler_vt", 1024): [0.2, 0.6], ("niah_single_1", 1024): [1.0, 0.0]}
 
