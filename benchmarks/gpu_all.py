@@ -3,6 +3,7 @@
     python benchmarks/gpu_all.py                      # all, on the first CUDA device
     python benchmarks/gpu_all.py --only sat --quick   # fewer rounds, no max-autotune baseline
     python benchmarks/gpu_all.py --only upcycle --part decode   # its gate, and whole decoding alone
+    python benchmarks/gpu_all.py --only upcycle --part core     # its gate, one token's FFN, decoding of 7B: a minute
     python benchmarks/gpu_all.py --interpret-check    # no GPU: the gates only, through Triton's interpreter
 
 The figure is forward + backward of one layer ("smet": a whole training step; "ssd": an FFN), bf16, 4×2,048 tokens,
@@ -225,7 +226,7 @@ BENCHES = [
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=[b.name for b in BENCHES], help="run one benchmark")
-    parser.add_argument("--part", help="with --only upcycle: ffn or decode; the gate runs always")
+    parser.add_argument("--part", help="with --only upcycle: ffn, decode, or core (of both); the gate runs always")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/gpu"), help="folder of NAME-DEVICE.json")
     parser.add_argument("--quick", action="store_true", help="10 rounds, no max-autotune baseline")
     parser.add_argument("--interpret-check", action="store_true", help="gates only, on the CPU; prints no speed")

@@ -56,6 +56,40 @@ def layer(
     return module.forward(x, attention_mask=mask, position_embeddings=(cos, sin), past_key_values=cache)
 
 
+def layer_merged(
+    module: Any, x: Tensor, mask: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, position_1: Tensor
+) -> Tensor:
+    """`layer` of a Llama with `one_query`, and one product for query, key and value (`merge`)."""
+    import torch.nn.functional as F
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    a, G, d = module.self_attn, keys.shape[1], keys.shape[3]
+    q, k, v = (
+        F.linear(module.input_layernorm(x), a.merged)
+        .unflatten(2, (-1, d))
+        .transpose(1, 2)
+        .tensor_split((-2 * G, -G), 1)
+    )
+    q, k = apply_rotary_pos_emb(q, k, cos, sin)
+    keys.index_copy_(2, position_1, k)
+    values.index_copy_(2, position_1, v)
+    y, _ = one_query(a, q, keys, values, mask, scaling=a.scaling)
+    x = x + a.o_proj(y.flatten(2))
+    return x + module.mlp(module.post_attention_layernorm(x))
+
+
+def merge(model: Any) -> None:
+    """Lay a copy of query's, key's and value's weights of every layer together, where that has not been done."""
+    import torch
+
+    for module in model.model.layers:
+        a = module.self_attn
+        if not hasattr(a, "merged"):
+            if any(p.bias is not None for p in (a.q_proj, a.k_proj, a.v_proj)):
+                raise RuntimeError("products with a bias are not merged")
+            a.merged = torch.cat([p.weight.detach() for p in (a.q_proj, a.k_proj, a.v_proj)])
+
+
 def after(model: Any, x: Tensor) -> Tensor:
     return model.lm_head(model.model.norm(x))[0, -1]
 
@@ -82,8 +116,9 @@ def one_query(
     return y.to(query.dtype).reshape(1, 1, H, d), None
 
 
-def parts(*, attention: str = "stock", compiled: bool = True, fused: bool = False) -> Parts:
-    """The three parts. `fused`: products of one row are Inductor's own kernels in place of cuBLAS's."""
+def parts(*, attention: str = "stock", compiled: bool = True, fused: bool = False, merged: bool = False) -> Parts:
+    """The three parts. `fused`: products of one row are Inductor's own kernels in place of cuBLAS's. `merged`: query,
+    key and value are one product, of weights that `merge` has laid together."""
     import torch
     from transformers import AttentionInterface
 
@@ -101,13 +136,14 @@ def parts(*, attention: str = "stock", compiled: bool = True, fused: bool = Fals
 
         return call
 
+    functions = before, layer_merged if merged else layer, after
     if not compiled:
-        return Parts(*(under_attention(f) for f in (before, layer, after)))
+        return Parts(*(under_attention(f) for f in functions))
     torch._dynamo.config.recompile_limit = 64  # one entry for every model and way, not for every layer
     how: dict[str, Any] = {"fullgraph": True, "dynamic": False}
     if fused:
         how["backend"] = fused_products
-    return Parts(*(under_attention(torch.compile(f, **how)) for f in (before, layer, after)))
+    return Parts(*(under_attention(torch.compile(f, **how)) for f in functions))
 
 
 def step_of(decoder: Decoder, through: Parts, token_11: Tensor, position_1: Tensor) -> Callable[[], Tensor]:

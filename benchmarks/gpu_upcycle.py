@@ -4,9 +4,9 @@ The FFN at 3584×18944 (7B), bf16, 1 to 8 tokens, 16 channels of every 64 alive;
 from a CUDA graph over several layers' weights, so that no form finds its weights in the L2 cache and none waits for
 Python. Dense is the fastest of torch's, Inductor's (three ways), and our own kernels with all channels
 alive. Tokens choose independently here, the worst case for several. `ideal` is the ratio of bytes; `predicted_ms` is
-bytes at 3.0 TB/s, what an H100 copies at, and 2 µs a launch: of one token dense 142 µs, linear-int8 46 (of which thin
-product 2, choice 4, hidden layer 25, down projection 13, sum 2), bilinear-int8 48, quantized-4 68, quantized-2 57. The
-target for one token is 2.2 times the fastest dense form, 3 the aim; gpu_upcycle_decode.py times whole decoding.
+bytes at 3.0 TB/s, what an H100 copies at, and 2 µs a launch: of one token dense 142 µs, linear-int8 44 (of which thin
+product 2, choice 4, rows 36, sum 2), bilinear-int8 46, quantized-4 66, quantized-2 55. The target for one token is 2.2
+times the fastest dense form, 3 the aim; gpu_upcycle_decode.py times whole decoding.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from gpu_decode_check import first_line
 from gpu_timing import Row, Settings, Step, compile_options, fused_products, graphed, interleave, stopwatch
-from gpu_upcycle_decode import bench_decode, first_line
-from gpu_upcycle_gate import KINDS_OF_SEVERAL, REAL, Size, check, make_predictor, overlap
+from gpu_upcycle_decode import bench_decode
+from gpu_upcycle_gate import KINDS_OF_SEVERAL, REAL, Size, check, make_predictor, switched
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
 KINDS = ("linear-int8", "bilinear-int8", "quantized-4", "quantized-2", "scores")
 """Factors in int8, as bf16 models serve them."""
 TOKENS = (1, 2, 4, 8)
-PARTS = ("ffn", "decode")
+PARTS = ("ffn", "decode", "core")
+"""The FFN, whole decoding, and of both what decides: one token, the larger model, predictors of `KINDS_OF_SEVERAL`."""
 LAYERS = 4
 TARGET = 2.2
 BYTES_PER_SECOND, SECONDS_PER_LAUNCH = 3.0e12, 2e-6
@@ -55,7 +57,7 @@ def bench_upcycle(settings: Settings) -> Iterator[Row]:
     """The FFN for every number of tokens, then whole decoding."""
     import torch
 
-    for tokens in TOKENS if settings.part in (None, "ffn") else ():
+    for tokens in {None: TOKENS, "ffn": TOKENS, "core": TOKENS}.get(settings.part, ()):
         try:
             with stopwatch(f"FFN, {tokens} tokens"):
                 rows = bench_ffn(REAL, tokens, settings)
@@ -65,7 +67,7 @@ def bench_upcycle(settings: Settings) -> Iterator[Row]:
         torch._dynamo.reset()
         gc.collect()
         torch.cuda.empty_cache()
-    if settings.part in (None, "decode"):
+    if settings.part != "ffn":
         yield from bench_decode(settings)
 
 
@@ -85,7 +87,7 @@ def bench_ffn(size: Size, tokens: int, settings: Settings) -> list[Row]:
 
 def ffn_forms(size: Size, tokens: int, settings: Settings) -> tuple[dict[str, Step], dict[str, float]]:
     """(name -> a step of `LAYERS` layers, kind -> bytes a layer reads): dense/…, sparse/KIND, choose/KIND; late/KIND is
-    sparse without overlapping launches."""
+    sparse without overlapping launches, pair/KIND with two kernels for the rows."""
     import torch
     import torch.nn.functional as F
 
@@ -109,9 +111,9 @@ def ffn_forms(size: Size, tokens: int, settings: Settings) -> tuple[dict[str, St
 
     stock = [(x_TD, gate, up, down.t().contiguous()) for gate, up, down in layers]
     options = compile_options(settings)
-    if tokens == 1 and settings.max_autotune:
+    if tokens == 1 and settings.max_autotune and settings.part != "core":
         options["dense/fused"] = {"dynamic": False, "backend": fused_products}
-    else:
+    if tokens > 1:
         options.pop("dense/max-autotune", None)
     forms: dict[str, Step] = {
         name: each(torch.compile(dense, **how) if how else dense, stock) for name, how in options.items()
@@ -135,7 +137,8 @@ def ffn_forms(size: Size, tokens: int, settings: Settings) -> tuple[dict[str, St
         forms[f"sparse/{kind}"] = each(sparse, given)
         forms[f"choose/{kind}"] = each(choose, [(p,) for p in predictors])
         if tokens == 1 and kind == "linear-int8":
-            forms[f"late/{kind}"] = late(each(sparse, given))
+            forms[f"late/{kind}"] = under(each(sparse, given), EARLY=False)
+            forms[f"pair/{kind}"] = under(each(sparse, given), ONE_KERNEL=False)
     return forms, read
 
 
@@ -156,11 +159,11 @@ def all_rows(x_TD: Tensor, size: Size) -> Callable[..., Tensor]:
     return run
 
 
-def late(step: Step) -> Step:
-    """The step without overlapping launches."""
+def under(step: Step, **switches: bool) -> Step:
+    """The step with the Triton backend's switches set so."""
 
     def run() -> object:
-        with overlap(False):
+        with switched(**switches):
             return step()
 
     return run
@@ -177,6 +180,7 @@ def ffn_rows(size: Size, tokens: int, timing: Timing, read: dict[str, float]) ->
     rows: list[Row] = []
     for kind, bytes_read in read.items():
         form = f"sparse/{kind}"
+        launches = 5 - (kind == "scores") - (tokens == 1)
         ratio, seconds = timing.ratio(dense, form), timing.median(form) / LAYERS
         row: dict[str, Any] = {
             "case": case,
@@ -189,8 +193,11 @@ def ffn_rows(size: Size, tokens: int, timing: Timing, read: dict[str, float]) ->
             "dense_ms": 1e3 * timing.median(dense) / LAYERS,
             "sparse_ms": 1e3 * seconds,
             "choose_ms": 1e3 * timing.median(f"choose/{kind}") / LAYERS,
-            "predicted_ms": 1e3 * (bytes_read / BYTES_PER_SECOND + (4 if kind == "scores" else 5) * SECONDS_PER_LAUNCH),
-            "late_ms": 1e3 * timing.median(by) / LAYERS if (by := f"late/{kind}") in timing.seconds else None,
+            "predicted_ms": 1e3 * (bytes_read / BYTES_PER_SECOND + launches * SECONDS_PER_LAUNCH),
+            **{
+                f"{how}_ms": 1e3 * timing.median(by) / LAYERS if (by := f"{how}/{kind}") in timing.seconds else None
+                for how in ("late", "pair")
+            },
             "ratio": ratio,
             "ratio_quartiles": timing.spread(dense, form),
             "ideal": whole / bytes_read,
@@ -211,10 +218,9 @@ def ffn_rows(size: Size, tokens: int, timing: Timing, read: dict[str, float]) ->
         rows.append(row)
     if rows:
         print("  dense: " + ", ".join(f"{f} {ms:.4f} ms" for f, ms in rows[0]["dense_forms_ms"].items()))
-        print(
-            "".join(f"  {r['predictor']} without overlap: {r['late_ms']:.4f} ms\n" for r in rows if r["late_ms"]),
-            end="",
-        )
+        for how, said in {"late": "without overlap", "pair": "two kernels for rows"}.items():
+            for r in (r for r in rows if r[f"{how}_ms"]):
+                print(f"  {r['predictor']}, {said}: {r[f'{how}_ms']:.4f} ms")
     return rows
 
 

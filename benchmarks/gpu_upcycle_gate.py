@@ -61,18 +61,22 @@ def check(device: str, interpreted: bool) -> dict[str, float]:
         for act in ACTIVATIONS if tokens == 1 and kind == "bilinear" else ("silu",):
             how: dict[str, Any] = {"act": act, "bank": size.bank, "keep": size.keep}
             alive_TF, exact_TF = _choice(path, x_TD, predictor, size, how)
-            got = bank_ffn(x_TD, predictor, *weights, **how, backend="triton")
             given = predictor._replace(
                 kind="scores", tensors=(torch.where(alive_TF, exact_TF, -torch.inf),), tilt_F=None
             )
             want = naive.bank_ffn(x_TD.double(), given, *(naive.dense(w, torch.float64) for w in weights), **how)
-            error = relative_error(got, want)
-            worst[path] = max(worst.get(path, 0.0), error)
-            if error > TOLERANCE[dtype]:
-                raise GateError(
-                    f"{path}: y differs from naive by {error:.1e} ({act}, {tokens} tokens, {size});"
-                    f" {TOLERANCE[dtype]:.0e} is allowed; no speed is reported"
-                )
+            for form, one in {path: True, path.replace("-", "-pair-", 1): False}.items():
+                if not one and (tokens, kind) != (1, "linear-int8"):
+                    continue
+                with switched(ONE_KERNEL=one):
+                    got = bank_ffn(x_TD, predictor, *weights, **how, backend="triton")
+                error = relative_error(got, want)
+                worst[form] = max(worst.get(form, 0.0), error)
+                if error > TOLERANCE[dtype]:
+                    raise GateError(
+                        f"{form}: y differs from naive by {error:.1e} ({act}, {tokens} tokens, {size});"
+                        f" {TOLERANCE[dtype]:.0e} is allowed; no speed is reported"
+                    )
     if not interpreted:
         _check_captured(device)
     return worst
@@ -98,7 +102,7 @@ def _check_captured(device: str) -> None:
                 found.append(y / y.float().square().mean().sqrt().to(y.dtype))
             return found
 
-        with overlap(False):
+        with switched(EARLY=False):
             want = calls()
         held: list[Tensor] = []
         replay = graphed(lambda held=held, calls=calls: held.__setitem__(slice(None), calls()))
@@ -111,15 +115,18 @@ def _check_captured(device: str) -> None:
 
 
 @contextmanager
-def overlap(on: bool) -> Iterator[None]:
-    """Whether launches may overlap meanwhile."""
+def switched(**to: bool) -> Iterator[None]:
+    """Switches of the Triton backend, set so meanwhile: EARLY, launches overlap; ONE_KERNEL, one for a token's rows."""
     from fallow.ops.bank_ffn import triton
 
-    before, triton.EARLY = triton.EARLY, on
+    before = {switch: getattr(triton, switch) for switch in to}
+    for switch, on in to.items():
+        setattr(triton, switch, on)
     try:
         yield
     finally:
-        triton.EARLY = before
+        for switch, on in before.items():
+            setattr(triton, switch, on)
 
 
 def _cases(interpreted: bool) -> Iterator[tuple[str, int, Size, torch.dtype, bool]]:

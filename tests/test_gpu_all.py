@@ -55,13 +55,13 @@ def test_red_gate_exits_1_and_prints_no_ratio(bench):
 def test_upcycles_gate_is_green_in_the_interpreter():
     done = run(str(SCRIPT), "--interpret-check", "--only", "upcycle")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("passed") == 12 and "ideal" not in done.stdout
+    assert done.stdout.count("passed") == 13 and "ideal" not in done.stdout
 
 
 UPCYCLE = f"""
 import sys
 sys.path.insert(0, {str(SCRIPT.parent)!r})
-import gpu_upcycle, gpu_upcycle_decode
+import gpu_decode_step, gpu_upcycle, gpu_upcycle_decode
 from gpu_timing import Settings
 from gpu_upcycle_gate import SMALL
 from fallow.bench.flops import Shape
@@ -85,10 +85,23 @@ case = Case("tiny", Shape(48, 128, 4, 2, 12, layers=2, vocab=300), 1, 8)
 found = {{row["predictor"]: row for row in gpu_upcycle_decode.bench_decode(settings, (case,))}}
 assert found.keys() == {{"linear", "quantized", "bilinear"}}, found
 row = found["linear"]
-ways = ("stock", "compiled", "compiled-attention", "compiled-fused")
+ways = ("stock", *gpu_upcycle_decode.WAYS)
+assert len(ways) == 5
 assert row["dense_forms_ms"].keys() == {{f"dense/{{way}}" for way in ways}}
 assert {{f.split("/")[0] for f in row["forms_ms"]}} == {{"dense", "sparse"}} and len(row["forms_ms"]) == 4
 assert not row["notes"], row["notes"]
+core = Settings(device="cpu", rounds=1, warm_up=0, max_autotune=False, part="core")
+found = {{row["predictor"]: row for row in gpu_upcycle_decode.bench_decode(core, (case,))}}
+assert found.keys() == {{"linear", "quantized"}} and not found["linear"]["notes"]
+assert found["linear"]["dense_forms_ms"].keys() == {{"dense/stock", "dense/compiled-attention", "dense/compiled-qkv"}}
+gpu_decode_step.one_query, right = lambda *a, **k: (0 * right(*a, **k)[0], None), gpu_decode_step.one_query
+notes = {{}}
+stock = gpu_upcycle_decode.stock_model(case, core)
+model, handle = gpu_upcycle_decode.sparse_model(stock, "linear")
+kept = [layer.keep for layer in handle.layers]
+forms = gpu_upcycle_decode.forms_of("sparse", model, handle.layers, core, gpu_upcycle_decode.WAYS, notes)
+assert "all channels alive" in notes["sparse/compiled-qkv"] and "sparse/compiled-qkv" not in forms, notes
+assert [layer.keep for layer in handle.layers] == kept == [16, 16]
 factors = 16 * (48 + 128) + 4 * (16 + 128)
 assert row["megabytes"]["dense"] * 1e6 - row["megabytes"]["sparse"] * 1e6 == 2 * 2 * 3 * 48 * 128 * 0.75 - 2 * factors
 """
@@ -99,7 +112,7 @@ def test_upcycles_forms_run():
     """Every form that a GPU would time, but for compilation and CUDA graphs."""
     done = run("-c", UPCYCLE, TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("ideal") == 5 + 3 + 3
+    assert done.stdout.count("ideal") == 5 + 3 + 3 + 2
 
 
 def test_break_even_of_upcycle(monkeypatch):

@@ -62,6 +62,7 @@ def test_compiles_for_hopper():
         (rows.inner_many_kernel, {"BR": 16, "BD": 128}, ["cp.async", "mma.sync"]),
         (rows.down_one_kernel, {"BC": 16, "BD": 128}, ["cp.async"]),
         (rows.down_many_kernel, {"BC": 32, "BD": 128}, ["cp.async", "mma.sync"]),
+        (rows.rows_one_kernel, {"BR": 2, "BD": 4096, "PROGRAMS": 264}, ["cp.async"]),
         (rows.sum_kernel, {"BP": 32, "BD": 128}, []),
     ]
     for kernel, constants, wanted in cases:
@@ -71,7 +72,7 @@ def test_compiles_for_hopper():
         assert (kernel is select.mask_kernel) == ("griddepcontrol.wait" not in compiled.asm["ptx"]), kernel
         if kernel in (select.thin_kernel, select.factors_kernel):
             assert compiled.asm["ptx"].index("ld.global") < compiled.asm["ptx"].index("griddepcontrol.wait"), kernel
-    for kernel, constants, _ in (cases[3], cases[5], *cases[9:13]):
+    for kernel, constants, _ in (cases[3], cases[5], *cases[9:14]):
         compile_for_hopper(kernel, given | constants, "*i8", num_warps=4)
         if kernel in (rows.inner_many_kernel, rows.down_many_kernel):
             compile_for_hopper(kernel, given | no_scales | constants | {"TYPE": tl.float32}, "*fp32", num_warps=4)

@@ -159,7 +159,9 @@ def test_activations(act):
     ],
     ids=str,
 )
-def test_ragged_sizes(T, D, F, bank, keep, how, monkeypatch):
+@pytest.mark.parametrize("one_kernel", [True, False])
+def test_ragged_sizes(T, D, F, bank, keep, how, one_kernel, monkeypatch):
+    monkeypatch.setattr(triton, "ONE_KERNEL", one_kernel)
     monkeypatch.setattr(triton, "PARTS", 3)  # fewer shares of the down projection than banks
     x, weights = make(T, D, F, torch.float32)
     assert_equals_naive(x, predictor(how, T, D, F, tilt=False), weights, bank=bank, keep=keep)
@@ -168,8 +170,9 @@ def test_ragged_sizes(T, D, F, bank, keep, how, monkeypatch):
 @needs_kernels
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("int8", [False, True], ids=["floating", "int8"])
-def test_dtypes_of_weights(dtype, int8):
-    for T in (1, 4):
+def test_dtypes_of_weights(dtype, int8, monkeypatch):
+    for T, most_width in ((1, 24), (1, 23), (4, 24)):  # 23: rows too wide for one kernel
+        monkeypatch.setattr(triton, "MOST_WIDTH", most_width)
         x, weights = make(T, 24, 32, dtype, int8=int8)
         p = predictor("linear", T, 24, 32)
         assert_equals_naive(x, p._replace(tensors=tuple(t.to(dtype) for t in p.tensors)), weights, bank=16, keep=4)
@@ -255,10 +258,11 @@ def test_other_layouts_and_shapes():
 
 @needs_kernels
 def test_the_same_bits_again():
-    x, weights = make(2, 24, 64, torch.float32)
-    p = predictor("4-bit/16", 2, 24, 64)
-    how = {"act": "silu", "bank": 16, "keep": 4, "backend": "triton"}
-    assert torch.equal(op.bank_ffn(x, p, *weights, **how), op.bank_ffn(x, p, *weights, **how))
+    for T in (1, 2):
+        x, weights = make(T, 24, 64, torch.float32)
+        p = predictor("4-bit/16", T, 24, 64)
+        how = {"act": "silu", "bank": 16, "keep": 4, "backend": "triton"}
+        assert torch.equal(op.bank_ffn(x, p, *weights, **how), op.bank_ffn(x, p, *weights, **how))
 
 
 @needs_kernels

@@ -1,13 +1,14 @@
-"""`bank_ffn` on GPUs for up to 8 tokens: five launches (triton_select.py: prepare x, choose channels;
-triton_kernels.py: hidden layer, down projection in shares, their sum); a compensation is added by PyTorch's GEMMs.
+"""`bank_ffn` on GPUs for up to 8 tokens: four launches for one token (triton_select.py: prepare x, choose channels;
+triton_kernels.py: the FFN in shares, their sum), five for several (hidden layer and down projection apart); a
+compensation is added by PyTorch's GEMMs.
 
 Nothing waits for the GPU and every shape follows from those of the arguments, so that a decoding step fits into a CUDA
 graph; kernels tune themselves at the first call of a shape, which must come before the capture. Launches are most of
 an eager call's time; where the device can, they overlap (triton_tuning.py). The obvious alternative, one kernel for
 all, must let the whole GPU wait between its phases, which costs as much as a launch from a graph. Rows are read where
 they lie, side by side too. Tested without a GPU: against naive under Triton's interpreter (TRITON_INTERPRET=1), whose
-dot has no bf16 (fp32 there) and which knows no dp4a (plain arithmetic there); all kernels compile for sm_90. Not yet
-run on a GPU: benchmarks/gpu_upcycle.py checks it there first, then times it.
+dot has no bf16 (fp32 there) and which knows no dp4a (plain arithmetic there); all kernels compile for sm_90.
+benchmarks/gpu_upcycle.py checks them on a GPU first, then times them.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false
@@ -32,6 +33,11 @@ MOST_TOKENS, MOST_BANK = 8, 256
 PARTS = 80
 """Most shares of the down projection: with blocks of 128 outputs some 2,000 programs at a width of 3584, so that each
 loads all it needs at once. Their sums are a MB, which stays in the L2 cache."""
+ONE_KERNEL = True
+"""Whether for one token a single kernel reads all three rows of a channel; else the hidden layer comes first and the
+down projection after it, as for several tokens."""
+MOST_WIDTH = 8192
+"""Wider rows do not fit into the registers of that kernel."""
 EARLY = True
 """Whether kernels overlap with those before them, where the device can (triton_tuning.py)."""
 
@@ -171,27 +177,37 @@ def _living_rows(x_TD: Tensor, chosen: Chosen, weights: tuple[Weight, Weight, We
     banks, slots = chosen.live_NS.shape
     w_gate, w_up, w_down = _rows_apart(*map(tensor_of, weights))
     s_gate, s_up, s_down = (w.scale_F.float().contiguous() if isinstance(w, Int8Rows) else None for w in weights)
-    total, stride = banks * slots, w_up.stride(0)
-    h_TNS = _empty(x_TD, T, banks, slots, dtype=torch.float32)
-    share = -(-total // (32 * PARTS)) * 32
-    parts = -(-total // share)
-    part_PTD = _empty(x_TD, parts, T, D, dtype=torch.float32)
-    how = early = _early(x_TD)
-    if T == 1:
-        inner, down = kernels.inner_one_kernel, kernels.down_one_kernel
+    total, stride, early = banks * slots, w_up.stride(0), _early(x_TD)
+    if T == 1 and ONE_KERNEL and D <= MOST_WIDTH:
+        tiles, tuned = {"BD": _power_of_2(D)}, kernels.rows_one_kernel
+        part_PTD = _empty(x_TD, max(c.kwargs["PROGRAMS"] for c in tuned.configs), T, D, dtype=torch.float32)
+        tuned[lambda meta: (meta["PROGRAMS"],)](
+            x_TD, w_gate, w_up, w_down, s_gate, s_up, s_down, chosen.coef_TF, chosen.live_NS, part_PTD,
+            D, total, stride, ACT=act, **tiles, **early,
+        )  # fmt: skip
+        parts = tuned.best_config.kwargs["PROGRAMS"]
     else:
-        inner, down = kernels.inner_many_kernel, kernels.down_many_kernel
-        how = early | {"BT": 16, "TYPE": _type_of_products(x_TD.dtype), "PRECISION": _precision()}
+        h_TNS = _empty(x_TD, T, banks, slots, dtype=torch.float32)
+        share = -(-total // (32 * PARTS)) * 32
+        parts = -(-total // share)
+        part_PTD = _empty(x_TD, parts, T, D, dtype=torch.float32)
+        how = early
+        if T == 1:
+            inner, down = kernels.inner_one_kernel, kernels.down_one_kernel
+        else:
+            inner, down = kernels.inner_many_kernel, kernels.down_many_kernel
+            how = early | {"BT": 16, "TYPE": _type_of_products(x_TD.dtype), "PRECISION": _precision()}
 
-    def programs(meta: dict[str, int]) -> tuple[int, ...]:
-        BR = meta["BR"]
-        return (-(-total // BR),) if T == 1 else (banks, -(-slots // BR))
+        def programs(meta: dict[str, int]) -> tuple[int, ...]:
+            BR = meta["BR"]
+            return (-(-total // BR),) if T == 1 else (banks, -(-slots // BR))
 
-    inner[programs](x_TD, w_gate, w_up, s_gate, s_up, *chosen, h_TNS, D, F, T, banks, slots, stride, ACT=act, **how)
-    down[lambda meta: (-(-D // meta["BD"]), parts)](
-        h_TNS, w_down, s_down, *chosen[1:], part_PTD, D, F, T, total, slots, share, stride, **how
-    )
-    kernels.sum_kernel[(-(-D // 32), T)](part_PTD, y_TD, D, T, parts, BP=_power_of_2(parts), BD=32, **early)
+        inner[programs](x_TD, w_gate, w_up, s_gate, s_up, *chosen, h_TNS, D, F, T, banks, slots, stride, ACT=act, **how)
+        down[lambda meta: (-(-D // meta["BD"]), parts)](
+            h_TNS, w_down, s_down, *chosen[1:], part_PTD, D, F, T, total, slots, share, stride, **how
+        )
+    BD = 32 if parts <= 128 else 16
+    kernels.sum_kernel[(-(-D // BD), T)](part_PTD, y_TD, D, T, parts, BP=_power_of_2(parts), BD=BD, **early)
 
 
 def _rows_apart(*weights: Tensor) -> tuple[Tensor, ...]:

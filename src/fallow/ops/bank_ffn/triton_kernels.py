@@ -1,10 +1,11 @@
 """Triton kernels that compute the living channels of `bank_ffn`; imported only where Triton is.
 
-`inner` is the hidden layer: rows of gate and up that any token of the call needs, each read once and multiplied with
-every token. `down` sums h times rows of the down projection over a share of the banks, and `sum` adds the shares up in
-a fixed order, so that a call gives the same bits each time; atomic adds would save that launch and lose this. For one
-token products are by element, and bytes are what they wait for; for several, tensor cores (at least 16 rows) keep x out
-of the way: a row for itself would load all of x again.
+`rows_one` is the FFN of one token: a program reads all three rows of its share of the living channels. Else `inner` is
+the hidden layer: rows of gate and up that any token of the call needs, each read once and multiplied with every token,
+and `down` sums h times rows of the down projection over a share of the banks. `sum` adds the shares up in a fixed
+order, so that a call gives the same bits each time; atomic adds would save that launch and lose this. For one token
+products are by element, and bytes are what they wait for; for several, tensor cores (at least 16 rows) keep x out of
+the way: a row for itself would load all of x again.
 
 Cost: 3 · living rows · D weights read; beside them h and the shares, some hundred KB.
 """
@@ -179,6 +180,66 @@ def down_many_kernel(
         w_tile = tl.load(w_down + row + d, mask=on[:, None] & in_d, other=0).to(TYPE)
         acc = tl.dot(value.to(TYPE), w_tile, acc, input_precision=PRECISION)
     tl.store(part + (p * T + t) * D + d, acc, mask=(t < T) & in_d)
+
+
+@triton.jit
+def sums(gate, up, more_gate, more_up):
+    """Two sums at once: threads of a program meet once for both."""
+    return gate + more_gate, up + more_up
+
+
+@triton.autotune(
+    configs=configs(
+        ("PROGRAMS", "BR"),
+        (3, 2),
+        (264, 1, 4, 4),
+        (396, 1, 4, 4),
+        (264, 1, 8, 4),
+        (264, 2, 8, 3),
+        (132, 2, 16, 4),
+        (132, 4, 16, 3),
+        (132, 1, 8, 8),
+        (396, 1, 8, 3),
+    ),
+    key=["D", "total"],
+    do_bench=briefly,
+)
+@triton.jit
+def rows_one_kernel(
+    x, w_gate, w_up, w_down, scale_gate, scale_up, scale_down, coef, live, part, D, total, stride,
+    ACT: tl.constexpr, EARLY: tl.constexpr, BD: tl.constexpr,
+    PROGRAMS: tl.constexpr, BR: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """part[p, d] = the sum of h · w_down[channel, d] over the p-th share of the list of living channels, for one token:
+    h needs no other channel's rows, so the three rows of BR channels are on their way together, those of the next
+    channels before these are used. Shares are few, for what they write is read again."""
+    wait(EARLY)
+    p = tl.program_id(0)
+    d = tl.arange(0, BD)
+    in_d = (d < D)[None, :]
+    x_tile = tl.load(x + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+    share = tl.cdiv(total, PROGRAMS)
+    last = tl.minimum(p * share + share, total)
+    y = tl.zeros((BR, BD), dtype=tl.float32)
+    for first in tl.range(p * share, last, BR, num_stages=STAGES):
+        k = first + tl.arange(0, BR)
+        on = k < last
+        c = tl.load(live + k, mask=on, other=0)
+        at = c.to(tl.int64)[:, None] * stride + d[None, :]
+        inside = on[:, None] & in_d
+        gate_tile = tl.load(w_gate + at, mask=inside, other=0)
+        up_tile = tl.load(w_up + at, mask=inside, other=0)
+        down_tile = tl.load(w_down + at, mask=inside, other=0)
+        factor = tl.load(coef + c, mask=on, other=0.0)
+        gate, up = tl.reduce((gate_tile.to(tl.float32) * x_tile, up_tile.to(tl.float32) * x_tile), 1, sums)
+        if scale_gate is not None:
+            gate *= tl.load(scale_gate + c, mask=on, other=0.0)
+            up *= tl.load(scale_up + c, mask=on, other=0.0)
+        value = hidden(gate, up, factor, ACT)
+        if scale_down is not None:
+            value *= tl.load(scale_down + c, mask=on, other=0.0)
+        y += value[:, None] * down_tile.to(tl.float32)
+    tl.store(part + p * D + d, tl.sum(y, 0), mask=d < D)
 
 
 @triton.jit
