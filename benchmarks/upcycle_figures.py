@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import re
 import statistics
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import upcycle_gpu_figures as gpu
 from results_page import fill_page, machine_line, main, markdown_table, standalone
 
 from fallow.evaluation.ruler import Scores, difference
@@ -32,6 +34,11 @@ COMMANDS = {
     "upcycle-front": "python benchmarks/upcycle_front.py --tokens 8192",
     "upcycle-llamacpp": "python benchmarks/upcycle_llamacpp.py",
     "upcycle-cpt": "python benchmarks/upcycle_experiments.py main ablations, then … collate",
+    "gpu/upcycle-nvidia-h200": "python benchmarks/gpu_all.py --only upcycle --part core",
+    "gpu/upcycle-cpt": (
+        "python benchmarks/upcycle_experiments.py main long --set batch_size=4 accumulate=1 (long: steps=800), then …"
+        " collate --result benchmarks/results/gpu/upcycle-cpt.json"
+    ),
     "upcycle-front-trained": (
         f"python benchmarks/upcycle_front.py --model {BEST} --companion {RUNS}/dense --name front-trained"
     ),
@@ -178,11 +185,15 @@ def cpt(data: Data) -> Block:
     return f"{markdown_table(head, rows)}\n\n{note}", {}
 
 
-def curves(data: Data) -> Block:
-    """Held-out loss through training, of the arms of full length."""
+def curves(data: Data, ending: str = "") -> Block:
+    """Held-out loss through training, of the arms of full length, or of those whose names end so."""
     held = {r["arm"]: r["curve"] for r in data["runs"]} | data["unfinished"]
-    others = ("-short", "-long")
-    held = {arm: {p["step"]: p for p in curve} for arm, curve in held.items() if not arm.endswith(others)}
+    others = tuple({"-short", "-long"} - {ending})
+    held = {
+        arm: {p["step"]: p for p in curve}
+        for arm, curve in held.items()
+        if arm.endswith(ending) and not arm.endswith(others)
+    }
     steps = sorted({step for curve in held.values() for step in curve})
     head = " | ".join(["arm", *(f"step {step}" for step in steps)])
     rows = []
@@ -255,11 +266,17 @@ TABLES = [
     ("batches", ("upcycle-bench",), batches),
     ("decode", ("upcycle-bench",), decode),
     ("decode-no-amx", ("upcycle-bench-no-amx",), decode),
+    ("gpu-ffn", ("gpu/upcycle-nvidia-h200",), gpu.ffn),
+    ("gpu-batches", ("gpu/upcycle-nvidia-h200",), gpu.batches),
+    ("gpu-decode", ("gpu/upcycle-nvidia-h200",), gpu.decode),
     ("front", ("upcycle-front",), front),
     ("recalls", ("upcycle-front",), recalls),
     ("llamacpp", ("upcycle-llamacpp",), llamacpp),
     ("cpt", ("upcycle-cpt",), cpt),
     ("curves", ("upcycle-cpt",), curves),
+    ("cpt-gpu", ("gpu/upcycle-cpt",), cpt),
+    ("curves-gpu", ("gpu/upcycle-cpt",), curves),
+    ("curves-long", ("gpu/upcycle-cpt",), partial(curves, ending="-long")),
     ("front-trained", ("upcycle-front-trained",), front),
     ("front-compensated", ("upcycle-front-compensated",), front),
     ("ruler", ("upcycle-ruler", "upcycle-ruler-prompts", "upcycle-ruler-companion"), ruler),

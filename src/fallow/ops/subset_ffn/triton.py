@@ -11,7 +11,8 @@ transposed copy kept across steps was the alternative; each optimizer step would
 Saved for backward: x and the preactivations of kept channels, nothing else; h is recomputed. Weights are gathered again
 in backward rather than kept. Tested without a GPU: values and gradients under Triton's interpreter (TRITON_INTERPRET=1)
 in fp32, fp16 and, for "gather" only (the interpreter's dot has no bf16), bf16; and every kernel compiles for sm_90.
-Not yet run on a GPU: benchmarks/gpu_all.py checks it there first, then times both variants.
+On a GPU "gather" passed the gate in fp32 and bf16 (benchmarks/gpu_gates.py says what ReLU needs); fp16 and "fused" have
+not been through it, and neither is timed: benchmarks/gpu_all.py checks first, then times both.
 """
 
 from __future__ import annotations
