@@ -2,10 +2,10 @@
 
 Models of Qwen2.5-7B's and 1.5B's widths with random weights, bf16, one text of 128 tokens in a cache of 512 places; 16
 steps are one timed round, each replayed from a CUDA graph. Dense is the fastest of five forms: the stock step, and
-layers compiled (gpu_decode_step.py) with stock attention, with attention that Inductor fuses, then with one product for
-query, key and value, or with products that Inductor fuses. Sparse takes the compiled form that was fastest for dense,
-and the stock step. `ideal` is the ratio of bytes that a step reads: weights, predictors and the head. The target is 1.5
-times, 2 the aim. gpu_decode_check.py tells whether a form is right.
+layers compiled (fallow/serving/layered.py) with stock attention, with attention that Inductor fuses, then with one
+product for query, key and value, or with products that Inductor fuses. Sparse takes the compiled form that was fastest
+for dense, and the stock step. `ideal` is the ratio of bytes that a step reads: weights, predictors and the head. The
+target is 1.5 times, 2 the aim. gpu_decode_check.py tells whether a form is right.
 
 Predictors are random: what they choose is no part of the time. Predicted at 3.0 TB/s and 2 µs a launch, 7B: dense 4.7
 ms of bytes and 0.8 of launches, sparse with a linear predictor 1.9 and 0.9: 2.0x of 2.5x.
@@ -18,9 +18,8 @@ import gc
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-import gpu_decode_step
 from gpu_decode_check import Notes, all_alive, check, distance, first_line, rounding_of
-from gpu_timing import Row, Settings, Step, graphed, interleave, stopwatch
+from gpu_timing import Row, Settings, Step, fused_products, graphed, interleave, stopwatch
 from gpu_upcycle_gate import switched
 
 if TYPE_CHECKING:
@@ -37,9 +36,9 @@ ROUNDS = 12
 TARGET = 1.5
 WAYS: dict[str, dict[str, Any]] = {
     "compiled": {},
-    "compiled-attention": {"attention": gpu_decode_step.ONE_QUERY},
-    "compiled-qkv": {"attention": gpu_decode_step.ONE_QUERY, "merged": True},
-    "compiled-fused": {"attention": gpu_decode_step.ONE_QUERY, "fused": True},
+    "compiled-attention": {"attention": "fallow_one_query"},
+    "compiled-qkv": {"attention": "fallow_one_query", "merged": True},
+    "compiled-fused": {"attention": "fallow_one_query", "backend": fused_products},
 }
 """Of making the parts of a step."""
 
@@ -163,7 +162,7 @@ def forms_of(
     why. `layers`: the sparse ones."""
     import torch
 
-    from fallow.serving import Decoder
+    from fallow.serving import Decoder, layered
 
     on_gpu = settings.device != "cpu"
     decoder = Decoder(model, max_tokens=PLACES, compiled=False)
@@ -186,9 +185,14 @@ def forms_of(
 
     def compiled(form: str, way: dict[str, Any]) -> Step:
         if way.get("merged"):
-            gpu_decode_step.merge(model)
-        through = gpu_decode_step.parts(**way, compiled=on_gpu)
-        step = gpu_decode_step.step_of(decoder, through, token_11, position_1)
+            layered.merge(model)
+        through = layered.parts(**way, compiled=on_gpu)
+        once = layered.step_of(model, decoder._cache, PLACES, through, token_11, position_1)
+
+        def step() -> Tensor:
+            logits_V = once()
+            position_1.add_(1)
+            return logits_V
 
         def first() -> Tensor:
             position_1.fill_(PROMPT)

@@ -50,6 +50,13 @@ COMMANDS = {
     "upcycle-ruler-prompts": (
         f"fallow evaluate {BEST} --mode sparse --prompts dense {RULER} --output {RESULTS}/upcycle-ruler-prompts.json"
     ),
+    "upcycle-ruler-both": (
+        f"fallow evaluate {RUNS}/both --mode sparse {RULER} --output {RESULTS}/upcycle-ruler-both.json"
+    ),
+    "upcycle-ruler-both-prompts": (
+        f"fallow evaluate {RUNS}/both --mode sparse --prompts dense {RULER}"
+        f" --output {RESULTS}/upcycle-ruler-both-prompts.json"
+    ),
     "upcycle-ruler-companion": f"fallow evaluate {RUNS}/dense {RULER} --output {RESULTS}/upcycle-ruler-companion.json",
 } | dict.fromkeys(REPAIRS, "python benchmarks/upcycle_repair.py --seed 2")
 Data = dict[str, Any]
@@ -280,6 +287,7 @@ TABLES = [
     ("front-trained", ("upcycle-front-trained",), front),
     ("front-compensated", ("upcycle-front-compensated",), front),
     ("ruler", ("upcycle-ruler", "upcycle-ruler-prompts", "upcycle-ruler-companion"), ruler),
+    ("ruler-both", ("upcycle-ruler-both", "upcycle-ruler-both-prompts", "upcycle-ruler-companion"), ruler),
     ("repair", REPAIRS, repair),
 ]
 

@@ -61,7 +61,8 @@ def test_upcycles_gate_is_green_in_the_interpreter():
 UPCYCLE = f"""
 import sys
 sys.path.insert(0, {str(SCRIPT.parent)!r})
-import gpu_decode_step, gpu_upcycle, gpu_upcycle_decode
+import gpu_upcycle, gpu_upcycle_decode
+from fallow.serving import layered
 from gpu_timing import Settings
 from gpu_upcycle_gate import SMALL
 from fallow.bench.flops import Shape
@@ -94,7 +95,7 @@ core = Settings(device="cpu", rounds=1, warm_up=0, max_autotune=False, part="cor
 found = {{row["predictor"]: row for row in gpu_upcycle_decode.bench_decode(core, (case,))}}
 assert found.keys() == {{"linear", "quantized"}} and not found["linear"]["notes"]
 assert found["linear"]["dense_forms_ms"].keys() == {{"dense/stock", "dense/compiled-attention", "dense/compiled-qkv"}}
-gpu_decode_step.one_query, right = lambda *a, **k: (0 * right(*a, **k)[0], None), gpu_decode_step.one_query
+layered.one_query, right = lambda *a, **k: (0 * right(*a, **k)[0], None), layered.one_query
 notes = {{}}
 stock = gpu_upcycle_decode.stock_model(case, core)
 model, handle = gpu_upcycle_decode.sparse_model(stock, "linear")

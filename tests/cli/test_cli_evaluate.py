@@ -62,6 +62,19 @@ def test_a_plain_model_is_made_sparse_on_the_spot(run, data, tmp_path, capsys) -
     assert json.loads(capsys.readouterr().out)["modes"] == ["dense"]
     assert "is a dense model" in failure(capsys, *argv[:-1], "--mode", "both")
     assert "--prompts needs an upcycled model" in failure(capsys, *argv[:-1], "--prompts", "dense")
+    assert "--selection needs an upcycled model" in failure(capsys, *argv[:-1], "--selection", "oracle")
+
+
+def test_controls_choose_in_the_predictors_place(run, data, capsys) -> None:
+    argv = [run, "--tasks", "perplexity", "--data", data, "--lengths", 64, "--mode", "sparse", "--json"]
+    losses = {}
+    for selection in (None, "oracle", "random"):
+        asked = ["--selection", selection] if selection else []
+        assert main(["evaluate", *map(str, [*argv, *asked])]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["model"].get("selection") == selection
+        losses[selection] = found["rows"][0]["sparse"]["mean"]
+    assert len(set(losses.values())) == 3
 
 
 def test_bad_input_is_one_line_with_its_mend(run, data, tmp_path, capsys) -> None:

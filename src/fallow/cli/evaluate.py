@@ -74,6 +74,11 @@ def load_subject(args: argparse.Namespace, *, verb: str) -> Subject:
         subject.sparsity.prompts = args.prompts  # type: ignore[union-attr]
     if prompts := getattr(subject.sparsity, "prompts", None):
         subject.about["prompts"] = prompts
+    if args.selection:
+        if not hasattr(subject.sparsity, "select"):
+            raise ConfigError("--selection needs an upcycled model, or --method upcycle")
+        subject.sparsity.select(args.selection)  # type: ignore[union-attr]
+        subject.about["selection"] = args.selection
     if args.start_data:
         start(subject, args.start_data)
     return subject
@@ -98,6 +103,9 @@ def add_subject(parser: VerbParser) -> None:
     )
     parser.add_argument(
         "--prompts", choices=("sparse", "dense"), help="how an upcycled model reads the prompt of a generation"
+    )
+    parser.add_argument(
+        "--selection", choices=("oracle", "random"), help="controls for an upcycled model: the best channels, or chance"
     )
     parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="dtype of the weights")
     parser.add_argument("--device", metavar="NAME", help="cpu or cuda; default: a GPU where there is one")

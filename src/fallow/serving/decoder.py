@@ -21,7 +21,9 @@ from torch import Tensor, fx
 from transformers import PreTrainedModel, StaticCache
 from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
+from fallow.anatomy.rotary import like_llama
 from fallow.errors import ConfigError
+from fallow.serving import layered
 from fallow.serving.frames import with_room
 from fallow.serving.graph import Rewritten, rewrite
 from fallow.serving.sampling import Sampling, pick
@@ -99,7 +101,12 @@ class Decoder:
         self._token_11 = torch.zeros(1, 1, dtype=torch.long, device=model.device)
         self._step: Callable[[Tensor], Tensor] | None = None
         self._handed: tuple[Callable[..., Any], tuple[Any, ...], Any] | None = None
-        if compiled:
+        self._replay: layered.Replay | None = None
+        if compiled and model.device.type == "cuda" and like_llama(model)[0]:
+            self.note = "compiled by layer, in a CUDA graph"
+            replay = self._replay = layered.Replay(model, self._cache, max_tokens)
+            self._step = lambda token_11: replay(token_11, self.length)
+        elif compiled:
             self.note = "compiled"
             on_cpu = model.device.type == "cpu"
             how: dict[str, Any] = {"backend": self._backend} if on_cpu else {"mode": "reduce-overhead"}
@@ -159,6 +166,8 @@ class Decoder:
         """Forget what was, read a prompt, and return the logits [V] of what comes next."""
         self._cache.reset()
         self._unguarded = self._handed = None
+        if self._replay is not None:
+            self._replay.forget()
         self._first, self.length = True, len(ids)
         out = self.model(
             input_ids=torch.tensor([list(ids)], device=self.model.device),
@@ -201,6 +210,8 @@ class Decoder:
         if self._unguarded is not None:
             return self._unguarded()
         assert self._step is not None
+        if self._replay is not None:
+            self._compiling = not self._replay.ready
         try:
             logits_V = self._step(token_11)
             if self._handed is not None:

@@ -20,7 +20,7 @@ from fallow.errors import ConfigError
 from fallow.method import Method, Mode
 from fallow.methods.ranks import agreed, mean_over_ranks
 from fallow.methods.upcycle import state as states
-from fallow.methods.upcycle.config import Upcycle
+from fallow.methods.upcycle.config import Selection, Upcycle
 from fallow.methods.upcycle.fitting import Fitter, fit_compensation
 from fallow.methods.upcycle.layers import GatedFFN
 from fallow.methods.upcycle.looking import Look
@@ -230,6 +230,12 @@ class UpcycleMethod(Method):
             layer.stale()
         if mode == "sparse":
             self.start()
+
+    def select(self, selection: Selection) -> None:
+        """Who chooses from now on, in every layer: a control in the predictor's place, or the predictor again."""
+        for layer in self.layers:
+            layer.selection = selection
+            layer.stale()
 
     @contextmanager
     def in_mode(self, mode: Mode) -> Iterator[None]:
