@@ -102,7 +102,7 @@ def add_subject(parser: VerbParser) -> None:
         "--start-data", nargs="+", default=[], metavar="FILE", help="text that the method starts its predictors from"
     )
     parser.add_argument(
-        "--prompts", choices=("sparse", "dense"), help="how an upcycled model reads the prompt of a generation"
+        "--prompts", choices=("dense", "sparse"), help="how an upcycled model reads the prompt of a generation"
     )
     parser.add_argument(
         "--selection", choices=("oracle", "random"), help="controls for an upcycled model: the best channels, or chance"

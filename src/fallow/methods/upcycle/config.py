@@ -14,7 +14,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "gate": ("hard", "straight_through", "smooth", "soft_topk"),
     "selection": SELECTIONS,
     "criterion": ("hidden", "contribution"),
-    "prompts": ("sparse", "dense"),
+    "prompts": ("dense", "sparse"),
 }
 _SHARES = ("anneal", "distill", "monitor_every")
 _NOT_NEGATIVE = ("hidden_loss", "predictor_loss", "predictor_lr", "fit_tokens", "fit_lr")
@@ -67,9 +67,10 @@ class Upcycle:
     """Rank of an affine map of the FFN's input that stands in for its dead channels, such as 64; 0: none (ours). Fitted
     in closed form before training, trained with the rest."""
 
-    prompts: Literal["sparse", "dense"] = "sparse"
-    """Whether the prompt of a generation, several tokens at once with a cache, is computed sparse like the text that
-    follows, or by all channels (ours). A prompt is bound by arithmetic, of which a mask saves none."""
+    prompts: Literal["dense", "sparse"] = "dense"
+    """Whether the prompt of a generation, several tokens at once with a cache, is computed by all channels, or sparse
+    like the text that follows (ours). A prompt is bound by arithmetic, to which choosing adds: 1,024 tokens of SmolLM2
+    take 1.18 s on two cores, sparse 1.73 s, and what is read by all channels is answered better."""
 
     anneal: float = 0.0
     """Share of the run in which `keep` falls from `bank` to its value (ours)."""
