@@ -46,16 +46,15 @@ COMMANDS = {
         f"python benchmarks/upcycle_front.py --model {RUNS}/compensated --companion {RUNS}/dense"
         " --name front-compensated"
     ),
-    "upcycle-ruler": f"fallow evaluate {BEST} --mode sparse --prompts sparse {RULER} --output {RESULTS}/upcycle-ruler.json",
-    "upcycle-ruler-prompts": (
-        f"fallow evaluate {BEST} --mode sparse {RULER} --output {RESULTS}/upcycle-ruler-prompts.json"
+    "upcycle-ruler": (
+        f"fallow evaluate {BEST} --mode sparse --prompts sparse {RULER} --output {RESULTS}/upcycle-ruler.json"
     ),
+    "upcycle-ruler-prompts": f"fallow evaluate {BEST} --mode sparse {RULER} --output {RESULTS}/upcycle-ruler-prompts.json",
     "upcycle-ruler-both": (
         f"fallow evaluate {RUNS}/both --mode sparse --prompts sparse {RULER} --output {RESULTS}/upcycle-ruler-both.json"
     ),
     "upcycle-ruler-both-prompts": (
-        f"fallow evaluate {RUNS}/both --mode sparse {RULER}"
-        f" --output {RESULTS}/upcycle-ruler-both-prompts.json"
+        f"fallow evaluate {RUNS}/both --mode sparse {RULER} --output {RESULTS}/upcycle-ruler-both-prompts.json"
     ),
     "upcycle-ruler-companion": f"fallow evaluate {RUNS}/dense {RULER} --output {RESULTS}/upcycle-ruler-companion.json",
 } | dict.fromkeys(REPAIRS, "python benchmarks/upcycle_repair.py --seed 2")
