@@ -49,7 +49,9 @@ COMMANDS = {
     "upcycle-ruler": (
         f"fallow evaluate {BEST} --mode sparse --prompts sparse {RULER} --output {RESULTS}/upcycle-ruler.json"
     ),
-    "upcycle-ruler-prompts": f"fallow evaluate {BEST} --mode sparse {RULER} --output {RESULTS}/upcycle-ruler-prompts.json",
+    "upcycle-ruler-prompts": (
+        f"fallow evaluate {BEST} --mode sparse {RULER} --output {RESULTS}/upcycle-ruler-prompts.json"
+    ),
     "upcycle-ruler-both": (
         f"fallow evaluate {RUNS}/both --mode sparse --prompts sparse {RULER} --output {RESULTS}/upcycle-ruler-both.json"
     ),
