@@ -29,7 +29,8 @@ REPAIRS = ("upcycle-repair-s2",)
 COMMANDS = {
     "upcycle-bench": "fallow bench upcycle --json > benchmarks/results/upcycle-bench.json",
     "upcycle-bench-no-amx": (
-        "fallow bench upcycle --case e2e-135m --json > benchmarks/results/upcycle-bench-no-amx.json"
+        "fallow bench upcycle --case ffn-7b --case ffn-1b --case ffn-135m --case e2e-135m --json"
+        " > benchmarks/results/upcycle-bench-no-amx.json"
     ),
     "upcycle-front": "python benchmarks/upcycle_front.py --tokens 8192",
     "upcycle-llamacpp": "python benchmarks/upcycle_llamacpp.py",
@@ -272,6 +273,8 @@ def repair(*runs: Data) -> Block:
 TABLES = [
     ("ffn", ("upcycle-bench",), ffn),
     ("batches", ("upcycle-bench",), batches),
+    ("ffn-no-amx", ("upcycle-bench-no-amx",), ffn),
+    ("batches-no-amx", ("upcycle-bench-no-amx",), batches),
     ("decode", ("upcycle-bench",), decode),
     ("decode-no-amx", ("upcycle-bench-no-amx",), decode),
     ("gpu-ffn", ("gpu/upcycle-nvidia-h200",), gpu.ffn),
