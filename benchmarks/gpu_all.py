@@ -3,7 +3,7 @@
     python benchmarks/gpu_all.py                      # all, on the first CUDA device
     python benchmarks/gpu_all.py --only sat --quick   # fewer rounds, no max-autotune baseline
     python benchmarks/gpu_all.py --only upcycle --part decode   # its gate, and whole decoding alone
-    python benchmarks/gpu_all.py --only upcycle --part core     # its gate, one token's FFN, decoding of 7B: a minute
+    python benchmarks/gpu_all.py --only upcycle --part core     # its gate, the FFN, decoding of 7B: 90 seconds
     python benchmarks/gpu_all.py --interpret-check    # no GPU: the gates only, through Triton's interpreter
 
 The figure is forward + backward of one layer ("smet": a whole training step; "ssd": an FFN), bf16, 4×2,048 tokens,

@@ -11,12 +11,22 @@ from itertools import product
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
-FLIPS = 4
-"""ReLU's derivative jumps: preactivations are saved without their bias, and rounding them before it is added changes
-the sign of a few. That one rounding alone, in fp64 otherwise, is a relative error of 2.5e-2 in bf16 (0.04 % of the
-signs) and 9e-3 in fp16, as measured on a GPU."""
+BEFORE_RELU = ("d x_TD", "d w_gate_FD", "d w_up_FD", "d b_gate_F", "d b_up_F")
+"""What ReLU's derivative reaches. It jumps: preactivations are saved without their bias, and rounding them before it is
+added changes the sign of a few. That one rounding alone, in fp64 otherwise, is a relative error of 2.5e-2 in bf16
+(0.04 % of the signs) and 8.9e-3 in fp16, and so it was on a GPU."""
+
+
+def _allowed(name: str, dtype: torch.dtype, act: str) -> float:
+    import torch
+
+    from fallow.bench.gate import TOLERANCE
+
+    flips = {torch.bfloat16: 4e-2, torch.float16: 1.2e-2}
+    return flips.get(dtype, TOLERANCE[dtype]) if act == "relu" and name in BEFORE_RELU else TOLERANCE[dtype]
 
 
 def gate_subset_ffn(device: str, interpreted: bool) -> dict[str, float]:
@@ -42,12 +52,11 @@ def gate_subset_ffn(device: str, interpreted: bool) -> dict[str, float]:
             dy = torch.randn((T, D), generator=g).to(dtype).to(device)
             idx = torch.randperm(F, generator=g)[:K].sort().values.to(device)
             options = {"act": act, "omit_in": omit_in}
-            allowed = TOLERANCE[dtype] * (FLIPS if act == "relu" else 1)
             got = _value_and_gradients(triton.subset_ffn, named, idx, dy, options | {"variant": variant})
             exact = {k: v.double() for k, v in named.items()}
             want = _value_and_gradients(naive.subset_ffn, exact, idx, dy.double(), options)
             for name, reference in want.items():
-                error = relative_error(got[name], reference)
+                error, allowed = relative_error(got[name], reference), _allowed(name, dtype, act)
                 worst[path] = max(worst.get(path, 0.0), error)
                 if error > allowed:
                     raise GateError(

@@ -71,18 +71,9 @@ def interleave(forms: dict[str, Step], settings: Settings) -> Timing:
 
 def graphed(step: Step) -> Step:
     """The step as a CUDA graph: without Python's time. Compiling and tuning come first."""
-    import torch
+    from fallow.serving.layered import captured
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
+    return captured(step)
 
 
 def case_named(name: str) -> Case:

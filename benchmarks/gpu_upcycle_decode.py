@@ -184,10 +184,9 @@ def forms_of(
             print(f"  {form}: {notes[form]}")
 
     def compiled(form: str, way: dict[str, Any]) -> Step:
-        if way.get("merged"):
-            layered.merge(model)
         through = layered.parts(**way, compiled=on_gpu)
-        once = layered.step_of(model, decoder._cache, PLACES, through, token_11, position_1)
+        merged = layered.merge(model) if way.get("merged") else None
+        once = layered.step_of(model, decoder._cache, PLACES, through, token_11, position_1, merged)
 
         def step() -> Tensor:
             logits_V = once()

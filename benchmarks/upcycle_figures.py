@@ -37,8 +37,8 @@ COMMANDS = {
     "upcycle-cpt": "python benchmarks/upcycle_experiments.py main ablations, then … collate",
     "gpu/upcycle-nvidia-h200": "python benchmarks/gpu_all.py --only upcycle --part core",
     "gpu/upcycle-cpt": (
-        "python benchmarks/upcycle_experiments.py main long --set batch_size=4 accumulate=1 (long: steps=800), then …"
-        " collate --result benchmarks/results/gpu/upcycle-cpt.json"
+        "python benchmarks/upcycle_experiments.py main --set batch_size=4 accumulate=1, then … long --set steps=800,"
+        " then … collate --result benchmarks/results/gpu/upcycle-cpt.json"
     ),
     "upcycle-front-trained": (
         f"python benchmarks/upcycle_front.py --model {BEST} --companion {RUNS}/dense --name front-trained"

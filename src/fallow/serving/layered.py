@@ -4,7 +4,8 @@ What comes before the layers, a layer, and what comes after are compiled once ea
 so that one compiled layer serves all of them. Compiling the whole step takes minutes for 28 layers and buys nothing
 that a CUDA graph of the parts has not. FFNs are whatever stands in the model: stock, or a method's. Query, key and
 value are one product where they have no bias. On an H200, 7B shape: 4.7 ms a token, where transformers' own step in a
-graph takes 7.2; with Upcycle 2.7 and 5.1 (benchmarks/gpu_upcycle_decode.py). Knows Llama and its next of kin. Ours.
+graph takes 7.2; with Upcycle 2.7 and 5.1 (benchmarks/gpu_upcycle_decode.py). What ran there are the parts of a Llama;
+`Replay` and the other families (anatomy/rotary.py) have run on CPUs only. Ours.
 """
 
 from __future__ import annotations
@@ -57,12 +58,20 @@ def layer(
 
 
 def layer_merged(
-    module: Any, x: Tensor, mask: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, position_1: Tensor
+    module: Any,
+    x: Tensor,
+    mask: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    position_1: Tensor,
+    merged_HD: Tensor,
 ) -> Tensor:
     """`layer` of a Llama with `one_query`, and one product for query, key and value (`merge`)."""
     a, G, d = module.self_attn, keys.shape[1], keys.shape[3]
     q, k, v = (
-        F.linear(module.input_layernorm(x), a.merged)
+        F.linear(module.input_layernorm(x), merged_HD)
         .unflatten(2, (-1, d))
         .transpose(1, 2)
         .tensor_split((-2 * G, -G), 1)
@@ -76,15 +85,10 @@ def layer_merged(
 
 
 @torch.no_grad()
-def merge(model: Any) -> None:
-    """Lay a copy of query's, key's and value's weights of every layer together, as they are now."""
-    for module in model.model.layers:
-        a = module.self_attn
-        weights = [p.weight for p in (a.q_proj, a.k_proj, a.v_proj)]
-        whole, held = sum(w.shape[0] for w in weights), getattr(a, "merged", None)
-        if held is None or held.device != weights[0].device or held.dtype != weights[0].dtype:
-            a.merged = weights[0].new_empty(whole, weights[0].shape[1])
-        torch.cat(weights, out=a.merged)
+def merge(model: Any) -> list[Tensor]:
+    """A copy of query's, key's and value's weights of every layer, laid together, as they are now."""
+    attentions = [module.self_attn for module in model.model.layers]
+    return [torch.cat([a.q_proj.weight, a.k_proj.weight, a.v_proj.weight]) for a in attentions]
 
 
 def after(model: Any, x: Tensor) -> Tensor:
@@ -114,7 +118,7 @@ def one_query(
 def parts(
     *, attention: str = "stock", compiled: bool = True, merged: bool = False, backend: Callable[..., Any] | None = None
 ) -> Parts:
-    """The three parts. `merged`: query, key and value are one product, of weights that `merge` has laid together.
+    """The three parts. `merged`: query, key and value are one product, of what `merge` returns.
     `backend`: of torch.compile, in place of its own."""
     AttentionInterface.register(ONE_QUERY, one_query)
 
@@ -140,18 +144,27 @@ def parts(
 
 
 def step_of(
-    model: Any, cache: Any, places: int, through: Parts, token_11: Tensor, position_1: Tensor
+    model: Any,
+    cache: Any,
+    places: int,
+    through: Parts,
+    token_11: Tensor,
+    position_1: Tensor,
+    merged: list[Tensor] | None = None,
 ) -> Callable[[], Tensor]:
     """A step that reads `token_11` at `position_1` of a static cache and returns the logits [V]. The prompt must have
-    been read, and one token by the stock step, in which layers make what they derive from weights."""
+    been read, and one token by the stock step, in which layers make what they derive from weights. `merged`: what
+    `merge` returned, for parts that want it."""
     # Fresh views: transformers marks its own tensors as ones whose addresses compiled code may hold.
-    caches = [(c.keys.detach(), c.values.detach()) for c in cache.layers]
+    own = [(c.keys.detach(), c.values.detach(), position_1) for c in cache.layers]
+    if merged is not None:
+        own = [(*tensors, weights) for tensors, weights in zip(own, merged, strict=True)]
 
     @torch.no_grad()
     def step() -> Tensor:
         x, *common = through.before(model, token_11, position_1, places)
-        for module, (keys, values) in zip(model.model.layers, caches, strict=True):
-            x = through.layer(module, x, *common, keys, values, position_1)
+        for module, tensors in zip(model.model.layers, own, strict=True):
+            x = through.layer(module, x, *common, *tensors)
         return through.after(model, x)
 
     return step
@@ -185,14 +198,13 @@ class Replay:
         """Logits [V] of what follows `token_11` (always the same tensor in a text), the text's token at `position`."""
         self.position_1.fill_(position)
         if self._replay is None:
-            if self.merged:
-                merge(self.model)
-            step = step_of(self.model, self.cache, self.places, self._parts, token_11, self.position_1)
+            merged = merge(self.model) if self.merged else None
+            step = step_of(self.model, self.cache, self.places, self._parts, token_11, self.position_1, merged)
             self._replay = captured(step) if self.model.device.type == "cuda" else step
         return self._replay()
 
 
-def captured(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
+def captured(step: Callable[[], Any]) -> Callable[[], Any]:
     """The step as a CUDA graph; compiling and tuning come first. Its result is overwritten by the next replay."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -202,10 +214,10 @@ def captured(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        logits_V = step()
+        result = step()
 
-    def replay() -> Tensor:
+    def replay() -> Any:
         graph.replay()
-        return logits_V
+        return result
 
     return replay
